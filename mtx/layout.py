@@ -1,0 +1,254 @@
+"""The layout: which mesh axes each named dimension is split over, in four columns.
+
+A layout is plain data, a table of `Row`s. `megatron` makes the preset from `zero` and
+`sequence_parallel`; a config may replace the table. `BoundLayout` is the table on one mesh: it derives
+every `PartitionSpec` and refuses conflicts and indivisible dimensions by name.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from jax.sharding import PartitionSpec
+
+from mtx import DIMENSIONS
+from mtx.errors import ConfigError, Problem
+from mtx.mesh import AXES, BATCH_AXES
+
+Axes = tuple[str, ...]
+Column = Literal["weights", "gradients", "optimizer", "activations"]
+
+ZERO = "zero"
+"""Stands for a weight's ZeRO dimension: the largest that divides and is not minor-most."""
+RESIDUAL_TIME = "residual_time"
+"""Time in the residual stream (an activation with a D), where norms and dropout run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The mesh axes that split one dimension, in four columns."""
+
+    dimension: str
+    """A name of `mtx.DIMENSIONS`, or `zero`, or `residual_time`."""
+    weights: Axes = ()
+    """Axes of the stored masters."""
+    gradients: Axes = ()
+    """Axes of the gradient accumulator."""
+    optimizer: Axes = ()
+    """Axes of the optimizer state."""
+    activations: Axes = ()
+    """Axes of activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How weights, gradients, optimizer state and activations are split over the mesh."""
+
+    zero: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage over mesh.data: 1 optimizer state and masters, 2 gradients too, 3 weights gathered per layer."""
+    sequence_parallel: bool = False
+    """Split the residual stream's time over mesh.model (Korthikanti et al. 2022): same bytes, less memory."""
+    scatter: Literal["float32", "compute"] = "float32"
+    """dtype in which stage 3 reduce-scatters a layer's gradients."""
+    rows: tuple[Row, ...] | None = None
+    """The whole table, instead of the preset that zero and sequence_parallel choose."""
+
+    def check(self) -> Iterator[Problem]:
+        if self.scatter != "float32" and self.zero != 3:
+            yield "scatter", "is for layout.zero=3; leave it at float32"
+        known = {*DIMENSIONS.values(), ZERO, RESIDUAL_TIME}
+        for row in self.rows or ():
+            if row.dimension not in known:
+                yield "rows", f"names no dimension {row.dimension!r}; legal: {', '.join(sorted(known))}"
+            for column in ("weights", "gradients", "optimizer", "activations"):
+                axes = getattr(row, column)
+                if unknown := [axis for axis in axes if axis not in AXES]:
+                    yield "rows", f"maps {row.dimension} to {unknown[0]!r}, not a mesh axis; legal: {', '.join(AXES)}"
+                legal = ("data",) if row.dimension == ZERO else ("model",)
+                if column != "activations" and (other := [axis for axis in axes if axis not in legal]):
+                    yield "rows", f"splits the {column} of {row.dimension} over {other[0]}; legal there: {legal[0]}"
+            if row.weights != row.optimizer or (row.dimension != ZERO and row.weights != row.gradients):
+                yield "rows", f"splits weights, gradients and optimizer state of {row.dimension} differently"
+
+    def table(self) -> tuple[Row, ...]:
+        return megatron(self.zero, self.sequence_parallel) if self.rows is None else self.rows
+
+
+def megatron(zero: int, sequence_parallel: bool) -> tuple[Row, ...]:
+    """Megatron-LM's tensor (and sequence) parallelism with ZeRO over `data`.
+
+    Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4; Rajbhandari et al. 2020.
+    """
+
+    def split(dimension: str) -> Row:
+        model = ("model",)
+        return Row(dimension=dimension, weights=model, gradients=model, optimizer=model, activations=model)
+
+    return (
+        Row(dimension="batch", activations=BATCH_AXES),
+        Row(dimension="time", activations=("context",)),
+        Row(dimension=RESIDUAL_TIME, activations=("context", "model") if sequence_parallel else ("context",)),
+        *(split(dimension) for dimension in ("heads", "kv_heads", "ff", "vocab")),
+        Row(
+            dimension=ZERO,
+            weights=("data",) if zero >= 1 else (),
+            gradients=("data",) if zero >= 2 else (),
+            optimizer=("data",) if zero >= 1 else (),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a weight declares: a letter per dimension, the global shape, and whether it is a matrix.
+
+    Weight decay, ZeRO and the compute dtype are for matrices; gains and biases stay whole, in float32.
+    """
+
+    dims: str
+    shape: tuple[int, ...]
+    is_matrix: bool = True
+
+    def __post_init__(self):
+        assert len(self.dims) == len(self.shape), self
+
+    @property
+    def layers(self) -> int:
+        """1 if the weight is stacked over layers, which no axis splits; else 0."""
+        return int(self.dims.startswith("L"))
+
+
+@dataclass(frozen=True)
+class BoundLayout:
+    """A layout on one mesh. Axes of size 1 never appear in what it returns."""
+
+    layout: Layout
+    sizes: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(layout: Layout, mesh_sizes: Mapping[str, int]) -> "BoundLayout":
+        return BoundLayout(layout, tuple(mesh_sizes.items()))
+
+    def size(self, *axes: str) -> int:
+        return math.prod(dict(self.sizes)[axis] for axis in axes)
+
+    def axes(self, dimension: str, column: Column) -> Axes:
+        """The axes, larger than 1, that split a dimension in a column."""
+        for row in self.layout.table():
+            if row.dimension == dimension:
+                return tuple(axis for axis in getattr(row, column) if self.size(axis) > 1)
+        return ()
+
+    @property
+    def batch_axes(self) -> Axes:
+        return self.axes("batch", "activations")
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return "model" in self.axes(RESIDUAL_TIME, "activations")
+
+    def activation(self, letters: str) -> PartitionSpec:
+        """The spec of an activation, by its letters: `BTD` is the residual stream, `BTNH` is not."""
+        names = [DIMENSIONS[letter] for letter in letters]
+        if "D" in letters:
+            names = [RESIDUAL_TIME if name == "time" else name for name in names]
+        return _spec([self.axes(name, "activations") for name in names])
+
+    def zero_dim(self, weight: Weight) -> int | None:
+        """Index in `weight.dims` of the dimension that ZeRO splits; None if the weight stays whole.
+
+        The largest that divides and is not minor-most (TPUs scatter a minor-most one badly); the
+        minor-most if only that divides. Gains and biases stay whole.
+        """
+        data = self.size(*self.axes(ZERO, "weights"))
+        if data == 1 or not weight.is_matrix:
+            return None
+        last = len(weight.dims) - 1
+        local = [self._local(weight, i) for i in range(len(weight.dims))]
+        able = [i for i in range(weight.layers, last + 1) if local[i] % data == 0]
+        return max(able, key=lambda i: (i != last, local[i]), default=None)
+
+    def _local(self, weight: Weight, i: int) -> int:
+        return weight.shape[i] // self.size(*self.axes(DIMENSIONS[weight.dims[i]], "weights"))
+
+    def spec(self, weight: Weight, column: Column) -> PartitionSpec:
+        """The spec of a weight, its gradient accumulator, or its optimizer state."""
+        axes = [self.axes(DIMENSIONS[letter], column) for letter in weight.dims]
+        if (zero := self.zero_dim(weight)) is not None:
+            axes[zero] = axes[zero] + self.axes(ZERO, column)
+        return _spec(axes)
+
+    def gathered(self, weight: Weight) -> PartitionSpec:
+        """The spec of a weight in use: split over `model` alone."""
+        return _spec([self.axes(DIMENSIONS[letter], "weights") for letter in weight.dims])
+
+    def split_by_model(self, weight: Weight) -> bool:
+        return any("model" in self.axes(DIMENSIONS[letter], "weights") for letter in weight.dims)
+
+    def check(self, weights: Mapping[str, Weight]) -> None:
+        """Refuse a conflict or an indivisible dimension.
+
+        Raises: ConfigError naming weight, dimension, axis, sizes and legal values.
+        """
+        for name, weight in weights.items():
+            taken: dict[str, str] = {}
+            for letter, size in zip(weight.dims, weight.shape, strict=True):
+                dimension = DIMENSIONS[letter]
+                axes = self.axes(dimension, "weights")
+                parts = self.size(*axes)
+                if size % parts:
+                    legal = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+                    raise ConfigError(
+                        f"dimension {dimension}={size} of weight {name} does not divide over "
+                        f"mesh.{'*'.join(axes)}={parts}; "
+                        f"legal mesh.{'*'.join(axes)}: {legal}."
+                    )
+                for axis in axes:
+                    if axis in taken:
+                        raise ConfigError(
+                            f"layout.rows maps both {taken[axis]} and {dimension} of weight {name} to mesh "
+                            f"axis {axis}; map one of them to no axis."
+                        )
+                    taken[axis] = dimension
+
+    def bytes_per_device(self, weight: Weight, column: Column, itemsize: int) -> int:
+        return itemsize * math.prod(weight.shape) // self.shards(weight, column)
+
+    def shards(self, weight: Weight, column: Column) -> int:
+        axes = [axis for entry in self.spec(weight, column) if entry for axis in _as_tuple(entry)]
+        return self.size(*axes)
+
+    def show(self, weights: Mapping[str, Weight], itemsize: int, whole: bool) -> str:
+        """The sharding table: parameter, shape, dimensions, spec, MiB per device; the largest whole tensor."""
+        rows = sorted(weights.items(), key=lambda item: -math.prod(item[1].shape))
+        shown = rows if whole else rows[:8]
+        cells = [("parameter", "shape", "dimensions", "split over", "MiB/device")]
+        for name, weight in shown:
+            mib = self.bytes_per_device(weight, "weights", itemsize) / 2**20
+            shape = "x".join(str(size) for size in weight.shape)
+            spec = [
+                f"{DIMENSIONS[letter]}:{'*'.join(_as_tuple(entry))}"
+                for letter, entry in zip(weight.dims, self.spec(weight, "weights"), strict=True)
+                if entry
+            ]
+            cells.append((name, shape, weight.dims, " ".join(spec) or "(whole)", f"{mib:.3f}"))
+        widths = [max(len(row[i]) for row in cells) for i in range(5)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        if len(shown) < len(rows):
+            lines.append(f"... {len(rows) - len(shown)} smaller ones: -v shows them")
+        if math.prod(size for _, size in self.sizes) > 1:
+            if replicated := [item for item in rows if self.shards(item[1], "weights") == 1]:
+                name, weight = replicated[0]
+                mib = self.bytes_per_device(weight, "weights", itemsize) / 2**20
+                lines.append(f"largest tensor that every device holds whole: {name}, {mib:.3f} MiB")
+        return "\n".join(lines)
+
+
+def _spec(axes: list[Axes]) -> PartitionSpec:
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in axes))
+
+
+def _as_tuple(entry: str | Axes) -> Axes:
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+

@@ -1,0 +1,118 @@
+"""Losses over a vocabulary that may be split: logits are never gathered, and never whole in time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtx.errors import Problem
+from mtx.spmd import Doors
+
+HIDDEN = -1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """Next-token cross entropy, normalised by the sum of label weights over the global batch."""
+
+    chunk_tokens: int = 1024
+    """Tokens per device whose logits exist at once."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser (PaLM, Chowdhery et al. 2022, section 5, uses 1e-4)."""
+
+    def check(self) -> Iterator[Problem]:
+        if self.chunk_tokens < 1:
+            yield "chunk_tokens", "must be at least 1"
+        if self.z_loss < 0:
+            yield "z_loss", "must not be negative"
+
+
+def cross_entropy(
+    doors: Doors,
+    config: CrossEntropy,
+    h_BTD: jax.Array,
+    table_VD: nnx.Param,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over this rank's tokens, in float32 nats: the objective (with z-loss), and the loss alone.
+
+    h_BTD is the residual stream after the last norm; table_VD holds at least `vocab_size` rows, and the
+    rest are padding that no token can be. Differentiable by hand: the backward pass makes each chunk's
+    logits again from the saved log-normaliser, so that no collective runs twice.
+    """
+    rows = -(-h_BTD.shape[0] // doors.layout.size(*doors.layout.batch_axes)) if doors.global_shapes else h_BTD.shape[0]
+    span = max(1, config.chunk_tokens // rows)
+
+    def logits_of(h_BtD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BtV = doors.local_einsum("BTD,VD->BTV", h_BtD, w_VD, jnp.float32)
+        v = doors.index("V", logits_BtV, 2)
+        return jnp.where(v < vocab_size, logits_BtV, HIDDEN), v
+
+    def sums(h_BTD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def chunk(totals, xs):
+            h_BtD, target_Bt, weight_Bt = xs
+            logits_BtV, v = logits_of(h_BtD, w_VD)
+            top_Bt = doors.max_over("V", jnp.max(logits_BtV, axis=-1))
+            normaliser_Bt = doors.sum_over("V", jnp.sum(jnp.exp(logits_BtV - top_Bt[..., None]), axis=-1))
+            lse_Bt = jnp.log(normaliser_Bt) + top_Bt
+            hit_BtV = v == target_Bt[..., None]
+            nll_Bt = lse_Bt - doors.sum_over("V", jnp.sum(jnp.where(hit_BtV, logits_BtV, 0.0), axis=-1))
+            nll = jnp.sum(nll_Bt * weight_Bt)
+            z = config.z_loss * jnp.sum(jnp.square(lse_Bt) * weight_Bt)
+            return (totals[0] + nll + z, totals[1] + nll), lse_Bt
+
+        zero = jnp.zeros((), jnp.float32)
+        xs = tuple(split_time(x, span) for x in (h_BTD, target_BT, weight_BT))
+        (objective, nll), lse_CBt = jax.lax.scan(chunk, (zero, zero), xs)
+        return objective, nll, lse_CBt
+
+    @jax.custom_vjp
+    def loss(h_BTD: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return sums(doors.enter(h_BTD), doors.gather_for_use(table_VD.replace(table)))[:2]
+
+    def forward(h_BTD, table):
+        h_BTD = doors.enter(h_BTD)
+        objective, nll, lse_CBt = sums(h_BTD, doors.gather_for_use(table_VD.replace(table)))
+        return (objective, nll), (h_BTD, table, lse_CBt)
+
+    def backward(saved, cotangents):
+        h_BTD, table, lse_CBt = saved
+        w_VD = doors.gather_for_use(table_VD.replace(table))
+
+        def chunk(dw_VD, xs):
+            h_BtD, target_Bt, weight_Bt, lse_Bt = xs
+            logits_BtV, v = logits_of(h_BtD, w_VD)
+            p_BtV = jnp.exp(logits_BtV - lse_Bt[..., None])
+            slope_Bt = 1.0 + 2.0 * config.z_loss * lse_Bt
+            d_BtV = p_BtV * slope_Bt[..., None] - (v == target_Bt[..., None]).astype(jnp.float32)
+            d_BtV = (d_BtV * (weight_Bt * cotangents[0])[..., None]).astype(w_VD.dtype)
+            dw_VD = dw_VD + doors.local_einsum("BTV,BTD->VD", d_BtV, h_BtD, jnp.float32)
+            return dw_VD, doors.local_einsum("BTV,VD->BTD", d_BtV, w_VD)
+
+        xs = (*(split_time(x, span) for x in (h_BTD, target_BT, weight_BT)), lse_CBt)
+        dw_VD, dh_CBtD = jax.lax.scan(chunk, jnp.zeros_like(w_VD, jnp.float32), xs)
+        dh_BTD = doors.sum_residual(join_time(dh_CBtD, h_BTD.shape[1]))
+        return dh_BTD.astype(h_BTD.dtype), doors.scatter_gradient(table_VD.weight, dw_VD).astype(table.dtype)
+
+    loss.defvjp(forward, backward)
+    return loss(h_BTD, table_VD[...])
+
+
+def split_time(x_BT: jax.Array, span: int) -> jax.Array:
+    """(B, T, ...) -> (chunks, B, span, ...), the last chunk padded with zeros."""
+    B, T, *rest = x_BT.shape
+    span = min(span, T)
+    chunks = -(-T // span)
+    if chunks * span != T:
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, chunks * span - T), *((0, 0) for _ in rest)))
+    return jnp.moveaxis(x_BT.reshape(B, chunks, span, *rest), 1, 0)
+
+
+def join_time(x_CBt: jax.Array, time: int) -> jax.Array:
+    """The inverse of `split_time`."""
+    C, B, span, *rest = x_CBt.shape
+    return jnp.moveaxis(x_CBt, 0, 1).reshape(B, C * span, *rest)[:, :time]

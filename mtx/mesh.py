@@ -1,0 +1,114 @@
+"""The mesh: six named axes, from a `MeshConfig` and a list of devices to a `jax.sharding.Mesh`."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from mtx.errors import DeviceError, Problem
+
+AXES = ("pipeline", "replica", "data", "context", "expert", "model")
+BATCH_AXES = ("replica", "data", "expert")
+NOT_YET = ("pipeline", "context", "expert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes, outermost first. One of them may be -1: the rest of the devices."""
+
+    pipeline: int = 1
+    """Pipeline stages (not built yet: 1)."""
+    replica: int = 1
+    """Data parallelism that never shards weights; across slow links, with `data` inside it: HSDP."""
+    data: int = 1
+    """Data parallelism; ZeRO shards weights and optimizer state over it."""
+    context: int = 1
+    """Shards of the sequence in attention (not built yet: 1)."""
+    expert: int = 1
+    """Shards of the experts of an MoE layer (not built yet: 1)."""
+    model: int = 1
+    """Tensor parallelism: heads, feed-forward and vocabulary are split over it."""
+
+    def check(self) -> Iterator[Problem]:
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size == 0 or size < -1:
+                yield axis, "must be a positive number of devices, or -1 for the rest of them"
+            elif axis in NOT_YET and size != 1:
+                yield axis, f"is not built yet; set mesh.{axis}=1 and use replica, data and model"
+        wild = [axis for axis, size in sizes.items() if size == -1]
+        if len(wild) > 1:
+            yield wild[1], f"is a second -1 beside mesh.{wild[0]}; only one axis can take the rest of the devices"
+
+
+def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of every axis, with -1 filled in.
+
+    Raises: DeviceError if the mesh does not use exactly `num_devices`, with the legal values.
+    """
+    wanted = dataclasses.asdict(config)
+    fixed = math.prod(size for size in wanted.values() if size != -1)
+    wild = [axis for axis, size in wanted.items() if size == -1]
+    said = " ".join(f"mesh.{axis}={size}" for axis, size in wanted.items() if size != 1) or "mesh.data=1"
+    if wild and num_devices % fixed == 0:
+        return wanted | {wild[0]: num_devices // fixed}
+    if not wild and fixed == num_devices:
+        return wanted
+    legal = legal_meshes(num_devices, {axis: wanted[axis] for axis in AXES if axis not in NOT_YET})
+    problem = f"does not divide {num_devices} devices" if wild else f"uses {fixed} of {num_devices} devices"
+    raise DeviceError(f"{said} {problem}; try {', or '.join(legal)}.")
+
+
+def legal_meshes(num_devices: int, wanted: dict[str, int], most: int = 4) -> list[str]:
+    """Up to `most` meshes that use every device, those nearest to `wanted` first, as overrides."""
+    found = []
+    for model in (m for m in range(1, num_devices + 1) if num_devices % m == 0):
+        for replica in (r for r in range(1, num_devices // model + 1) if num_devices // model % r == 0):
+            found.append({"replica": replica, "data": num_devices // model // replica, "model": model})
+
+    def distance(mesh: dict[str, int]) -> float:
+        return sum(abs(math.log2(size / max(wanted[axis], 1))) for axis, size in mesh.items() if wanted[axis] > 0)
+
+    found.sort(key=distance)
+    return [" ".join(f"mesh.{axis}={size}" for axis, size in mesh.items()) for mesh in found[:most]]
+
+
+def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The device mesh; sharding is part of every array's type on it (explicit axes).
+
+    Devices of one slice (TPU slices joined by DCN) or one process (GPU hosts) stay neighbours: the
+    outer axes (pipeline, replica, data) cross the slow links first.
+    Raises: DeviceError if a device would be idle, or if no outer axes span the slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(sizes(config, len(devices)).values())
+    slices = sorted({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if len(slices) > 1:
+        return Mesh(_hybrid(shape, devices, len(slices)), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def _hybrid(shape: tuple[int, ...], devices: list[jax.Device], num_slices: int) -> np.ndarray:
+    from jax.experimental import mesh_utils
+
+    outer, rest = [1] * len(shape), num_slices
+    for i, axis in enumerate(AXES):
+        if axis in ("pipeline", "replica", "data"):
+            outer[i] = math.gcd(shape[i], rest)
+            rest //= outer[i]
+    if rest > 1:
+        raise DeviceError(
+            f"{num_slices} slices are joined by slow links, and mesh.pipeline x mesh.replica x mesh.data does "
+            f"not span them; try mesh.replica={num_slices}."
+        )
+    inner = tuple(size // o for size, o in zip(shape, outer, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(inner, tuple(outer), devices)
+
+
+def batch_shards(mesh_sizes: dict[str, int]) -> int:
+    """In how many parts the batch is split."""
+    return math.prod(mesh_sizes[axis] for axis in BATCH_AXES)

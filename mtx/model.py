@@ -1,0 +1,259 @@
+"""The transformer, from typed parts: GPT-2, Llama 3 and what lies between are configs of it.
+
+`Model` is static: the abstract modules, their weights' declarations, and pure functions over a plain
+dict of arrays. Layers are one module with a leading L on every weight, run by `lax.scan`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from mtx.attention import Attention, AttentionConfig
+from mtx.errors import Problem
+from mtx.layers import (
+    Context,
+    Gelu,
+    LayerNorm,
+    Learned,
+    Mlp,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    dropout,
+    weight,
+)
+from mtx.layout import Weight
+from mtx.spmd import Doors, Params
+from pallas_kernels.masks import Mask
+from pallas_kernels.threefry import Words
+
+
+class Batch(NamedTuple):
+    """What the model reads: rows of tokens; all arrays are _BT, int32 but for `weights`."""
+
+    tokens: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+    """float32 weight of each target in the loss; 0 for padding."""
+    segments: jax.Array
+    """Which document of the row a token belongs to, from 1; 0 is padding."""
+    positions: jax.Array
+    """Position within the document (or the row)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """A pre-norm transformer; the defaults are GPT-2's choices."""
+
+    vocab_size: int
+    """Tokens that exist. The table is padded to vocab_multiple, and the padding is masked."""
+    layers: int
+    """Number of layers L."""
+    width: int
+    """Model width D."""
+    attention: AttentionConfig
+    mlp: Gelu | SwiGLU
+    norm: LayerNorm | RMSNorm = LayerNorm()
+    positions: Learned | Rotary = Learned()
+    causal: bool = True
+    """A token sees only what is before it; False: an encoder."""
+    bias: bool = True
+    """Biases on the projections."""
+    tied_head: bool = True
+    """The output projection is the embedding table."""
+    dropout: float = 0.0
+    """On the embedding and on each residual branch."""
+    attention_dropout: float = 0.0
+    """On attention probabilities."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+    init_scale_residual: bool = True
+    """Divide the residual projections' by sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
+    vocab_multiple: int = 128
+    """The padded vocabulary is a multiple of this."""
+    remat: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again: nothing, attention's inside, or whole layers."""
+    unroll: int = 1
+    """Layers per iteration of the layer loop: more compile time for fewer iterations."""
+
+    def check(self) -> Iterator[Problem]:
+        for field in ("vocab_size", "layers", "width", "vocab_multiple", "unroll"):
+            if getattr(self, field) < 1:
+                yield field, "must be at least 1"
+        for field in ("dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                yield field, "must be at least 0 and below 1"
+        if self.init_std <= 0:
+            yield "init_std", "must be positive"
+        heads = self.attention.heads
+        if self.attention.head_size is None and heads > 0 and self.width % heads:
+            yield "width", f"does not divide over attention.heads={heads}; or set attention.head_size"
+        elif isinstance(self.positions, Rotary) and heads > 0 and self.head_size % 2:
+            yield "attention.head_size", "must be even for rotary positions"
+        if self.layers > 0 and self.unroll > 0 and self.layers % self.unroll:
+            yield "unroll", f"must divide layers={self.layers}"
+
+    @property
+    def head_size(self) -> int:
+        return self.attention.head_size or self.width // self.attention.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class Ends(nnx.Module):
+    """What is not in the layer stack: embeddings, final norm, head."""
+
+    def __init__(self, config: Transformer, rngs: nnx.Rngs):
+        V, D, init = config.padded_vocab, config.width, initializers.normal(config.init_std)
+        self.config = config
+        self.token_VD = weight(rngs, "VD", (V, D), init)
+        if isinstance(config.positions, Learned):
+            self.position_CD = weight(rngs, "CD", (config.positions.length, D), init)
+        self.norm = config.norm.build(D, rngs)
+        if not config.tied_head:
+            self.head_VD = weight(rngs, "VD", (V, D), init)
+
+    def embed(self, batch: Batch, context: Context) -> jax.Array:
+        x_BTD = context.doors.embed(batch.tokens, self.token_VD)
+        if isinstance(self.config.positions, Learned):
+            x_BTD = x_BTD + context.doors.embed(batch.positions, self.position_CD)
+        return dropout(x_BTD, self.config.dropout, context, "embedding")
+
+    @property
+    def head(self) -> nnx.Param:
+        return self.token_VD if self.config.tied_head else self.head_VD
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward, each normed before and added after."""
+
+    def __init__(self, config: Transformer, rngs: nnx.Rngs):
+        self.dropout = config.dropout
+        scale = 1 / math.sqrt(2 * config.layers) if config.init_scale_residual else 1.0
+        std, out_std = config.init_std, config.init_std * scale
+        rotary = config.positions if isinstance(config.positions, Rotary) else None
+        self.norm_attention = config.norm.build(config.width, rngs)
+        self.attention = Attention(
+            config.attention,
+            config.width,
+            config.bias,
+            rotary,
+            config.attention_dropout,
+            config.remat == "selective",
+            std,
+            out_std,
+            rngs,
+        )
+        self.norm_mlp = config.norm.build(config.width, rngs)
+        self.mlp = Mlp(config.mlp, config.width, config.bias, std, out_std, rngs)
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        y_BTD = self.attention(self.norm_attention(x_BTD), context)
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout, context, "attention_out")
+        y_BTD = self.mlp(self.norm_mlp(x_BTD), context)
+        return x_BTD + dropout(y_BTD, self.dropout, context, "mlp_out")
+
+
+class Model:
+    """A config's modules, built abstractly once, as pure functions over a dict of arrays."""
+
+    def __init__(self, config: Transformer):
+        self.config = config
+        self._ends = nnx.split(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(params=0))))
+        self._block = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0))))
+
+    @cached_property
+    def weights(self) -> Params:
+        """The declaration of every weight, as a nested dict; layers' with a leading L."""
+        L = self.config.layers
+        ends = _declarations(self._ends[1])
+        block = _declarations(self._block[1])
+        stack = partial(_map, lambda w: replace(w, dims="L" + w.dims, shape=(L, *w.shape)))
+        return {"ends": ends, "layers": stack(block)}
+
+    def init(self, key: jax.Array) -> Params:
+        """Initial weights in float32: pure, to be jitted with out_shardings; equal on every mesh."""
+
+        def block(i: jax.Array) -> Params:
+            return _arrays(Block(self.config, nnx.Rngs(params=jax.random.fold_in(key, i))))
+
+        ends = _arrays(Ends(self.config, nnx.Rngs(params=jax.random.fold_in(key, self.config.layers))))
+        return {"ends": ends, "layers": jax.vmap(block)(jnp.arange(self.config.layers))}
+
+    def hidden(self, params: Params, batch: Batch, doors: Doors, mask: Mask, key_B: Words | None) -> jax.Array:
+        """x_BTD of the residual stream after the final norm. `key_B` turns dropout on."""
+        config = self.config
+        if config.dropout == 0 and config.attention_dropout == 0:
+            key_B = None
+        context = Context(doors, mask, batch.segments, batch.positions, key_B)
+        ends = _merge(self._ends, params["ends"])
+
+        def layer(x_BTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+            block_params, i = xs
+            return _merge(self._block, block_params)(x_BTD, replace(context, layer=i)), None
+
+        if config.remat == "full":
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        x_BTD = ends.embed(batch, context)
+        layers = jnp.arange(config.layers)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, (params["layers"], layers), unroll=config.unroll)
+        return ends.norm(x_BTD)
+
+    def head(self, params: Params) -> nnx.Param:
+        """The output projection, token_VD or its own."""
+        return _merge(self._ends, params["ends"]).head
+
+    def logits(self, params: Params, batch: Batch, doors: Doors, mask: Mask) -> jax.Array:
+        """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it)."""
+        h_BTD = self.hidden(params, batch, doors, mask, None)
+        return doors.project("BTD,VD->BTV", h_BTD, self.head(params)).astype(jnp.float32)
+
+    def mask(self, documents: bool) -> Mask:
+        return Mask(causal=self.config.causal, documents=documents)
+
+
+def flatten(tree: Params, prefix: str = "") -> dict[str, object]:
+    """A nested dict as `{"layers/mlp/in_DF": leaf}`."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def _map(f, tree: Params) -> Params:
+    return {name: _map(f, value) if isinstance(value, dict) else f(value) for name, value in tree.items()}
+
+
+def _declarations(state: nnx.State) -> Params:
+    return _unflatten({path: variable.get_metadata()["weight"] for path, variable in nnx.to_flat_state(state)})
+
+
+def _arrays(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.split(module)[1])
+
+
+def _unflatten(flat: dict[tuple, Weight]) -> Params:
+    tree: Params = {}
+    for (*folders, name), value in flat.items():
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = value
+    return tree
+
+
+def _merge(split: tuple, params: Params):
+    graph, state = split
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)

@@ -1,0 +1,247 @@
+"""Schedules and optimizers over optax. The learning rate is applied by the step, so that it may follow
+tokens or samples as well as steps; an optimizer here only turns gradients into a direction."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtx.errors import Problem
+from mtx.spmd import Params
+
+
+class Counter(NamedTuple):
+    """A count below 2^64 as two uint32 words: accelerators have no 64-bit integers by default."""
+
+    high: jax.Array
+    low: jax.Array
+
+    @staticmethod
+    def of(value: int) -> "Counter":
+        return Counter(jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF))
+
+    def plus(self, n: jax.Array) -> "Counter":
+        """Add an array of uint32 (broadcast), carrying into the high word."""
+        low = self.low + n.astype(jnp.uint32)
+        return Counter(self.high + (low < self.low).astype(jnp.uint32), low)
+
+    def as_float(self) -> jax.Array:
+        """float32, within a relative 1e-7: for schedules, not for indices."""
+        return self.high.astype(jnp.float32) * 2.0**32 + self.low.astype(jnp.float32)
+
+    def __int__(self) -> int:
+        return (int(self.high) << 32) + int(self.low)
+
+
+class Progress(NamedTuple):
+    """How far training is, in float32: what schedules look at."""
+
+    steps: jax.Array
+    samples: jax.Array
+    tokens: jax.Array
+    fraction: jax.Array
+    """Of the run's steps, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """A length in optimizer steps."""
+
+    count: int
+
+    def check(self) -> Iterator[Problem]:
+        if self.count < 0:
+            yield "count", "must not be negative"
+
+    def done(self, progress: Progress) -> jax.Array:
+        return progress.steps / max(self.count, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A length in sequences."""
+
+    count: int
+
+    def check(self) -> Iterator[Problem]:
+        if self.count < 0:
+            yield "count", "must not be negative"
+
+    def done(self, progress: Progress) -> jax.Array:
+        return progress.samples / max(self.count, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A length in tokens."""
+
+    count: int
+
+    def check(self) -> Iterator[Problem]:
+        if self.count < 0:
+            yield "count", "must not be negative"
+
+    def done(self, progress: Progress) -> jax.Array:
+        return progress.tokens / max(self.count, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fraction:
+    """A length as a share of the whole run's steps."""
+
+    share: float
+
+    def check(self) -> Iterator[Problem]:
+        if not 0 <= self.share <= 1:
+            yield "share", "must lie between 0 and 1"
+
+    def done(self, progress: Progress) -> jax.Array:
+        return progress.fraction / max(self.share, 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up from 0 to the peak, then what the subclass does."""
+
+    peak_lr: float = 3e-4
+    """Learning rate at the end of warm-up."""
+    warmup: Steps | Samples | Tokens | Fraction = Fraction(share=0.02)
+    """Length of the linear warm-up."""
+
+    def check(self) -> Iterator[Problem]:
+        if self.peak_lr <= 0:
+            yield "peak_lr", "must be positive"
+
+    def rate(self, progress: Progress) -> jax.Array:
+        """The learning rate, a float32 scalar."""
+        return self.peak_lr * jnp.minimum(1.0, self.warmup.done(progress)) * self.decay(progress)
+
+    def decay(self, progress: Progress) -> jax.Array:
+        """Factor on the peak after warm-up."""
+        return jnp.ones((), jnp.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Schedule):
+    """Warm-up, then the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decaying(Schedule):
+    """Warm-up, then a fall from the peak to `final_share` of it at `end`."""
+
+    final_share: float = 0.1
+    """The last learning rate, as a share of the peak."""
+    end: Steps | Samples | Tokens | Fraction = Fraction(share=1.0)
+    """Where the fall ends, counted from the run's start."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        if not 0 <= self.final_share <= 1:
+            yield "final_share", "must lie between 0 and 1"
+        if type(self.end) is type(self.warmup):
+            (before,), (after,) = dataclasses.astuple(self.warmup), dataclasses.astuple(self.end)
+            if before >= after:
+                yield "warmup", f"must end before the decay does ({after})"
+
+    def fallen(self, progress: Progress) -> jax.Array:
+        """How much of the fall is done, 0 to 1. Mixed units meet where warm-up ends in both."""
+        done = self.end.done(progress)
+        start = 0.0
+        if type(self.end) is type(self.warmup):
+            (before,), (after,) = dataclasses.astuple(self.warmup), dataclasses.astuple(self.end)
+            start = before / after
+        return jnp.clip((done - start) / (1.0 - start), 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Decaying):
+    """Half a cosine down to the final learning rate."""
+
+    def decay(self, progress: Progress) -> jax.Array:
+        curve = 0.5 * (1.0 + jnp.cos(jnp.pi * self.fallen(progress)))
+        return self.final_share + (1.0 - self.final_share) * curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Decaying):
+    """A straight line down to the final learning rate."""
+
+    def decay(self, progress: Progress) -> jax.Array:
+        return 1.0 - (1.0 - self.final_share) * self.fallen(progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What every optimizer has: a schedule, decoupled weight decay of matrices, clipping."""
+
+    schedule: Constant | Linear | Cosine = Cosine()
+    """Learning rate over the run."""
+    weight_decay: float = 0.1
+    """Decoupled, times the learning rate; gains and biases are not decayed."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm; None: never."""
+
+    def check(self) -> Iterator[Problem]:
+        if self.weight_decay < 0:
+            yield "weight_decay", "must not be negative"
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            yield "clip_norm", "must be positive, or None"
+        for name in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, name, 0.0) < 1:
+                yield name, "must be at least 0 and below 1"
+        if getattr(self, "epsilon", 1.0) <= 0:
+            yield "epsilon", "must be positive"
+
+    def direction(self) -> optax.GradientTransformation:
+        """Gradients -> what a learning rate of 1 would subtract, without weight decay."""
+        raise AssertionError("a subclass defines it")
+
+    def build(self, decayed: Params) -> optax.GradientTransformation:
+        """Gradients -> what a learning rate of 1 subtracts. `decayed` is a tree of bools."""
+        return optax.chain(self.direction(), optax.add_decayed_weights(self.weight_decay, decayed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the square root of the second moment."""
+
+    def direction(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+    """The sign of an interpolated momentum (Chen et al. 2023)."""
+
+    b1: float = 0.9
+    """Weight of the momentum in the update."""
+    b2: float = 0.99
+    """Decay of the momentum."""
+
+    def direction(self) -> optax.GradientTransformation:
+        return optax.scale_by_lion(b1=self.b1, b2=self.b2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd(Optimizer):
+    """Gradient descent with momentum."""
+
+    momentum: float = 0.0
+    """Decay of the running sum of gradients; 0: none is kept."""
+    weight_decay: float = 0.0
+    """Decoupled, times the learning rate; gains and biases are not decayed."""
+
+    def direction(self) -> optax.GradientTransformation:
+        return optax.trace(decay=self.momentum) if self.momentum else optax.identity()

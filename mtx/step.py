@@ -1,0 +1,268 @@
+"""The train and evaluation steps: pure, donated, compiled once. Everything that changes is `TrainState`."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtx.layout import BoundLayout
+from mtx.losses import CrossEntropy, cross_entropy
+from mtx.model import Batch, Model
+from mtx.optim import Counter, Optimizer, Progress
+from mtx.spmd import Compiled, CompiledDoors, Doors, Manual, ManualDoors, Params, map_weights
+from pallas_kernels.masks import Mask
+from pallas_kernels.threefry import Words, threefry2x32
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and the seed that it never does."""
+
+    step: jax.Array
+    params: Params
+    moments: optax.OptState
+    samples: Counter
+    tokens: Counter
+    skipped: jax.Array
+    """Steps whose gradients were not finite; they moved the counters and nothing else."""
+    seed: jax.Array
+
+
+@dataclass(frozen=True)
+class Program:
+    """One model on one mesh: the functions that a run compiles.
+
+    Batches are a `Batch` of arrays_MBT: M microbatches, each of B sequences over all batch shards.
+    """
+
+    model: Model
+    mesh: Mesh
+    layout: BoundLayout
+    optimizer: Optimizer
+    loss: CrossEntropy
+    partition: Manual | Compiled
+    compute: Any
+    stored: Any
+    mask: Mask
+    steps: int
+
+    # Shardings.
+
+    @property
+    def weights(self) -> Params:
+        return self.model.weights
+
+    def shardings(self, column) -> Params:
+        return map_weights(lambda w: self.sharding(self.layout.spec(w, column)), self.weights)
+
+    def sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    @property
+    def batch_spec(self) -> P:
+        return P(None, *self.layout.activation("B"), None)
+
+    def state_shardings(self) -> TrainState:
+        whole = self.sharding(P())
+        shape = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.uint32))
+        optimizer = self.shardings("optimizer")
+        moments = optax.tree_map_params(
+            self.transformation, lambda _, s: s, shape.moments, optimizer, transform_non_params=lambda _: whole
+        )
+        rest = jax.tree.map(lambda _: whole, shape)
+        return dataclasses.replace(rest, params=self.shardings("weights"), moments=moments)
+
+    # State.
+
+    @property
+    def transformation(self) -> optax.GradientTransformation:
+        return self.optimizer.build(map_weights(lambda w: w.is_matrix, self.weights))
+
+    def _init(self, seed: jax.Array) -> TrainState:
+        params = self.model.init(jax.random.fold_in(jax.random.key(seed), 0))
+        params = map_weights(lambda w, x: x.astype(self.stored) if w.is_matrix else x, self.weights, params)
+        zero = jnp.uint32(0)
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            moments=self.transformation.init(params),
+            samples=Counter(zero, zero),
+            tokens=Counter(zero, zero),
+            skipped=zero,
+            seed=seed,
+        )
+
+    def init(self, seed: int) -> TrainState:
+        """A new state, made where it stays: no device and no host ever holds more than its part."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.state_shardings())(jnp.uint32(seed))
+
+    # Gradients.
+
+    def doors(self) -> Doors:
+        if isinstance(self.partition, Compiled):
+            return CompiledDoors(self.layout, self.compute)
+        return ManualDoors(self.layout, self.compute)
+
+    def gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Params, jax.Array]:
+        """Sums over the first `count` microbatches: gradients_f32, stored as the weights are, and
+        (objective, cross entropy, label weight) in float32."""
+        doors = self.doors()
+        M, B, _ = batch.tokens.shape
+        row = jnp.arange(M * B, dtype=jnp.uint32).reshape(M, B)
+        sample_MB = jax.tree.map(lambda x: self._place(x, P(None, *self.layout.activation("B"))), state.samples.plus(row))
+
+        def run(params: Params, batch: Batch, sample_MB: Counter, seed: jax.Array, count: jax.Array):
+            used = self._use(doors, params)
+            return self._reduce(doors, *self._accumulate(doors, used, batch, sample_MB, seed, count))
+
+        if self._mapped:
+            stored = map_weights(lambda w: self.layout.spec(w, "weights"), self.weights)
+            samples = P(None, *self.layout.activation("B"))
+            run = jax.shard_map(
+                run,
+                mesh=self.mesh,
+                in_specs=(stored, self.batch_spec, samples, P(), P()),
+                out_specs=(stored, P()),
+                check_vma=False,
+            )
+        return run(state.params, batch, sample_MB, state.seed, count)
+
+    @property
+    def _mapped(self) -> bool:
+        return isinstance(self.partition, Manual) and self.mesh.size > 1
+
+    def _place(self, x: jax.Array, spec: P) -> jax.Array:
+        return jax.reshard(x, spec) if self.mesh.size > 1 else x
+
+    def _use(self, doors: Doors, params: Params) -> Params:
+        """Weights as the layers take them. Stages 1 and 2 gather here, once per step."""
+        return params if doors.at_use else map_weights(doors.gather, self.weights, params)
+
+    def _accumulate(self, doors, params, batch: Batch, sample_MB: Counter, seed, count) -> tuple[Params, jax.Array]:
+        def microbatch(i: jax.Array | int) -> tuple[Params, jax.Array]:
+            part, sample = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), (batch, sample_MB))
+            key_B = sequence_keys(seed, sample)
+
+            def objective(params: Params) -> tuple[jax.Array, jax.Array]:
+                h_BTD = self.model.hidden(params, part, doors, self.mask, key_B)
+                total, nll = cross_entropy(
+                    doors,
+                    self.loss,
+                    h_BTD,
+                    self.model.head(params),
+                    part.targets,
+                    part.weights,
+                    self.model.config.vocab_size,
+                )
+                return total, jnp.stack([total, nll, jnp.sum(part.weights)])
+
+            gradients, sums = jax.grad(objective, has_aux=True)(params)
+            return map_weights(lambda w, g: doors.scatter_microbatch(w, g).astype(jnp.float32), self.weights, gradients), sums
+
+        if batch.tokens.shape[0] == 1:
+            return microbatch(0)
+        shapes = jax.eval_shape(microbatch, 0)
+        zeros = jax.tree.map(partial(_zeros, doors.global_shapes), shapes)
+        return lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, microbatch(i)), zeros)
+
+    def _reduce(self, doors: Doors, gradients: Params, sums: jax.Array) -> tuple[Params, jax.Array]:
+        return map_weights(doors.reduce_gradient, self.weights, gradients), doors.sum_over("B", sums)
+
+    # Steps.
+
+    def train_step(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update from the first `count` microbatches. Metrics are float32 scalars.
+
+        A step whose gradients are not finite changes the counters and `skipped`, nothing else.
+        """
+        gradients, (objective, nll, labels) = self.gradients(state, batch, count)
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(labels, 1e-9), gradients)
+        norm = optax.global_norm(gradients)
+        if (limit := self.optimizer.clip_norm) is not None:
+            scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-9))
+            gradients = jax.tree.map(lambda g: g * scale, gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(objective)
+
+        M, B, T = batch.tokens.shape
+        steps, sequences = state.step + 1, count.astype(jnp.uint32) * jnp.uint32(B)
+        samples, tokens = state.samples.plus(sequences), state.tokens.plus(sequences * jnp.uint32(T))
+        progress = Progress(
+            steps.astype(jnp.float32), samples.as_float(), tokens.as_float(), steps.astype(jnp.float32) / self.steps
+        )
+        rate = self.optimizer.schedule.rate(progress)
+        updates, moments = self.transformation.update(gradients, state.moments, state.params)
+        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(finite, new, old)
+
+        state = TrainState(
+            step=steps,
+            params=jax.tree.map(keep, params, state.params),
+            moments=jax.tree.map(keep, moments, state.moments),
+            samples=samples,
+            tokens=tokens,
+            skipped=state.skipped + (~finite).astype(jnp.uint32),
+            seed=state.seed,
+        )
+        metrics = {
+            "train/loss": nll / jnp.maximum(labels, 1e-9),
+            "train/grad_norm": norm,
+            "lr": rate,
+            "skipped": state.skipped,
+        }
+        return state, metrics
+
+    def compile_train_step(self):
+        """`train_step` jitted, its state donated; call it under `jax.set_mesh(mesh)`."""
+        out = (self.state_shardings(), None)
+        return jax.jit(self.train_step, donate_argnums=0, out_shardings=out)
+
+    def eval_sums(self, state: TrainState, batch: Batch) -> jax.Array:
+        """(cross entropy in nats, label weight), each summed over a Batch_BT."""
+        doors = self.doors()
+
+        def run(params: Params, batch: Batch) -> jax.Array:
+            params = self._use(doors, params)
+            h_BTD = self.model.hidden(params, batch, doors, self.mask, None)
+            head, vocab = self.model.head(params), self.model.config.vocab_size
+            _, nll = cross_entropy(doors, self.loss, h_BTD, head, batch.targets, batch.weights, vocab)
+            return doors.sum_over("B", jnp.stack([nll, jnp.sum(batch.weights)]))
+
+        return self.mapped(run, P())(state.params, batch)
+
+    def logits(self, state: TrainState, batch: Batch) -> jax.Array:
+        """Float32 logits_BTV of a Batch_BT over the padded vocabulary."""
+        doors = self.doors()
+
+        def run(params: Params, batch: Batch) -> jax.Array:
+            return self.model.logits(self._use(doors, params), batch, doors, self.mask)
+
+        return self.mapped(run, self.layout.activation("BTV"))(state.params, batch)
+
+    def mapped(self, run: Callable, out: P) -> Callable:
+        """run(params, batch_BT) inside the Manual region, where there is one."""
+        if not self._mapped:
+            return run
+        stored = map_weights(lambda w: self.layout.spec(w, "weights"), self.weights)
+        specs = (stored, P(*self.batch_spec[1:]))
+        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+
+def sequence_keys(seed: jax.Array, sample_B: Counter) -> Words:
+    """Two words per sequence, from the seed and the global sample index alone."""
+    return threefry2x32((seed, jnp.uint32(1)), (sample_B.high, sample_B.low))
+
+
+def _zeros(sharded: bool, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding if sharded else None)

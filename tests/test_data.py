@@ -1,0 +1,335 @@
+"""The documentation corpus: what is read, how it is packed, and that batches depend on (seed, sample)."""
+
+import dataclasses
+import gzip
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import Corpus, PythonDocs
+from data.corpus import END_OF_DOCUMENT, epoch_order
+from data.packing import pack, window_count
+from data.python_docs import module_documents, topic_documents
+
+ROOT = Path(__file__).resolve().parent.parent
+E = END_OF_DOCUMENT
+
+
+@pytest.fixture(scope="module")
+def docs() -> Corpus:
+    return PythonDocs().load()
+
+
+def stream(*documents: str) -> np.ndarray:
+    return np.array([token for text in documents for token in (*text.encode(), E)], np.uint16)
+
+
+def numbered_corpus(*, tokens: int, isolate: bool, ends: tuple[int, ...] = ()) -> Corpus:
+    """A corpus in which token i of the training stream is 1000 + i, except for ends of documents."""
+    train = np.arange(1000, 1000 + tokens).astype(np.uint16)
+    train[[*ends, -1]] = E
+    return Corpus(
+        source="numbers", isolate_documents=isolate, train_tokens_N=train, validation_tokens_N=stream("xyz")
+    )
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
+
+
+# Reading
+
+
+def test_documents_are_read_from_source(tmp_path: Path) -> None:
+    (tmp_path / "json" / "tests").mkdir(parents=True)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "json" / "__init__.py").write_text(
+        '"""Encodes.\n\n    Decodes too.\n    """\n'
+        "raise SystemExit('imported')\n"
+        "class Coder(dict, metaclass=type):\n"
+        '    """Codes \u00e9."""\n'
+        "    def code(self, x: int = 1, *, y=None) -> str:\n"
+        '        """Codes x.\n\n        Not y.\n        """\n'
+        "    def bare(self): pass\n"
+        "if True:\n"
+        "    async def late():\n"
+        "        'Late.'\n"
+    )
+    (tmp_path / "abc.py").write_text("def f():\n    'Has no signature worth \\ud800.'\n")
+    (tmp_path / "heapq.py").write_text("def undocumented(): pass\n")
+    for stranger in ("json/tests/__init__.py", "site-packages/abc.py", "sitecustomize.py", "abc.txt"):
+        (tmp_path / stranger).write_text("'A stranger.'")
+    documents = module_documents(tmp_path)
+    assert sorted(documents) == ["abc", "json"]
+    assert documents["json"] == (
+        "module json\n\nEncodes.\n\nDecodes too.\n\n"
+        "class Coder(dict)\n    Codes \u00e9.\n\n"
+        "def Coder.code(self, x: int=1, *, y=None) -> str\n    Codes x.\n\n    Not y.\n\n"
+        "async def late()\n    Late.\n"
+    )
+    corpus = Corpus.from_documents(
+        documents, source="test", validation_fraction=0.5, isolate_documents=True
+    )  # A lone surrogate does not stop it.
+    assert corpus.train_documents + corpus.validation_documents == 2
+
+    assert topic_documents(tmp_path) == {}
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data" / "topics.py").write_text("# By Sphinx\ntopics = {'b': 'B\\n', 'a': '\\nA'}\n")
+    assert topic_documents(tmp_path) == {"topic a": "topic a\n\nA\n", "topic b": "topic b\n\nB\n"}
+
+
+def test_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "python311.zip"))
+    with pytest.raises(ValueError, match=r"no Python source under .*python311\.zip.*run a full one"):
+        PythonDocs().load()
+
+
+def test_this_python_has_enough_text(docs: Corpus) -> None:
+    assert 1_500_000 < docs.train_bytes < 10_000_000
+    assert docs.train_documents > 250
+    assert 0.02 < docs.validation_bytes / docs.train_bytes < 0.1
+    assert len(docs.validation_text) == docs.validation_bytes
+    text = docs.decode(docs.train_tokens_N) + docs.decode(docs.validation_tokens_N)
+    assert "module json.decoder\n" in text
+    assert all(topic in text for topic in topic_documents(Path(sysconfig.get_path("stdlib"))).values())
+    bits_per_byte = 8 * len(gzip.compress(docs.validation_text, 9)) / docs.validation_bytes
+    assert 1.5 < bits_per_byte < 3.5  # English and code; zeros or noise would lie outside.
+    for part in (f"Python {sys.version_info.major}.", f"{docs.train_documents} documents", docs.digest):
+        assert part in docs.describe()
+    assert "\n" not in docs.describe()
+
+
+def test_loading_is_deterministic_and_imports_nothing(docs: Corpus, tmp_path: Path) -> None:
+    program = """
+import hashlib, sys
+from data import PythonDocs
+before = set(sys.modules)
+corpus = PythonDocs().load()
+print(sorted(name for name in set(sys.modules) - before if name[0] != "_"))  # _sysconfigdata_...
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("jax", "mtx", "turtle", "this", "pydoc")))
+batch = corpus.train(7, 123456789, 5, 64)
+print(hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdigest(), corpus.digest)
+"""
+    outputs = []
+    for hash_seed in "1", "2":
+        environment = os.environ | {
+            "PYTHONHASHSEED": hash_seed,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        outputs.append(
+            subprocess.run(
+                [sys.executable, "-c", program],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+    assert outputs[0] == outputs[1]
+    imported, forbidden, hashes = outputs[0].splitlines()
+    assert (imported, forbidden) == ("[]", "[]")
+    assert hashes.split()[1] == docs.digest
+
+
+def test_split_is_disjoint_and_stable() -> None:
+    def split(documents: dict[str, str]) -> tuple[set[str], set[str]]:
+        corpus = Corpus.from_documents(
+            documents, source="test", validation_fraction=0.2, isolate_documents=True
+        )
+        texts = (
+            corpus.decode(tokens).rstrip("\n").split("\n")
+            for tokens in (corpus.train_tokens_N, corpus.validation_tokens_N)
+        )
+        train, validation = map(set, texts)
+        assert corpus.train_documents == len(train) and corpus.validation_documents == len(validation)
+        return train, validation
+
+    few = {f"d{i}": f"text {i}" for i in range(200)}
+    many = few | {f"c{i}": f"new {i}" for i in range(200)}
+    train, validation = split(few)
+    assert not train & validation and train | validation == set(few.values())
+    assert 0.1 < len(validation) / len(few) < 0.3
+    more_train, more_validation = split(many)
+    assert train < more_train and validation < more_validation
+    edited = split({name: text + " edited" for name, text in few.items()})[1]
+    assert edited == {text + " edited" for text in validation}
+
+
+def test_an_empty_split_is_refused() -> None:
+    documents = {f"d{i}": "text" for i in range(20)}
+    for fraction, change in (1e-9, "larger"), (1 - 1e-9, "smaller"):
+        with pytest.raises(ValueError, match=f"empty; try a {change} one"):
+            Corpus.from_documents(
+                documents, source="test", validation_fraction=fraction, isolate_documents=True
+            )
+
+
+# Packing
+
+
+def test_borders_when_documents_are_isolated() -> None:
+    batch = pack(
+        stream("abc", "d", "efgh"),  # a b c E d E e | f g h E: windows overlap by one target.
+        np.array([0, 1]),
+        sequence_length=6,
+        end_of_document=E,
+        isolate_documents=True,
+    )
+    a, b, c, d, e, f, g, h = b"abcdefgh"
+    expected = {
+        "tokens": [[a, b, c, E, d, E], [e, f, g, h, E, E]],
+        "targets": [[b, c, E, d, E, e], [f, g, h, E, E, E]],
+        "weights": [[1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 0]],
+        "segments": [[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 0, 0]],
+        "positions": [[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 0]],
+    }
+    assert {name: array.tolist() for name, array in batch.items()} == expected
+    assert {name: str(array.dtype) for name, array in batch.items()} == dict.fromkeys(expected, "int32") | {
+        "weights": "float32"
+    }
+    middle = pack(
+        stream("abc", "d", "efgh"),
+        np.array([1]),
+        sequence_length=4,
+        end_of_document=E,
+        isolate_documents=True,
+    )  # d E e f: a window that starts with a document; the next one starts inside "efgh".
+    assert middle["segments"].tolist() == [[1, 1, 2, 2]] and middle["positions"].tolist() == [[0, 1, 0, 1]]
+    inside = pack(
+        stream("abc", "d", "efgh"),
+        np.array([1]),
+        sequence_length=2,
+        end_of_document=E,
+        isolate_documents=True,
+    )  # c E: goes on with "abc", from position 0.
+    assert inside["segments"].tolist() == [[1, 1]] and inside["positions"].tolist() == [[0, 1]]
+
+
+def test_borders_when_documents_are_joined() -> None:
+    batch = pack(
+        stream("abc", "d", "efgh"),
+        np.array([0, 1]),
+        sequence_length=6,
+        end_of_document=E,
+        isolate_documents=False,
+    )
+    assert batch["weights"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+    assert batch["segments"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 0]]
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(2, 1), (9, 2), (10, 3), (11, 3)])
+def test_window_count(tokens: int, windows: int) -> None:
+    assert window_count(tokens, 4) == windows
+
+
+@pytest.mark.parametrize("tokens", [12, 13, 14, 40])
+@pytest.mark.parametrize("isolate", [True, False])
+def test_each_token_is_a_target_once_in_an_epoch(tokens: int, isolate: bool) -> None:
+    ends = (0, 4, 5)
+    corpus = numbered_corpus(tokens=tokens, isolate=isolate, ends=ends)
+    windows = corpus.train_windows(4)
+    for epoch in 0, 3:
+        batches = [corpus.train(5, epoch * windows + i, 1, 4) for i in range(windows)]
+        targets = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])
+        inputs = np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in batches])
+        firsts = [end + 1 for end in ends] if isolate else []
+        assert sorted(targets) == sorted(np.delete(corpus.train_tokens_N, [0, *firsts]))
+        assert sorted(inputs) == sorted(corpus.train_tokens_N[:-1])
+
+
+# Order
+
+
+def test_samples_do_not_depend_on_the_batch(docs: Corpus) -> None:
+    whole = docs.train(1, 1000, 64, 128)
+    quarters = [docs.train(1, 1000 + 16 * i, 16, 128) for i in range(4)]
+    joined = {name: np.concatenate([quarter[name] for quarter in quarters]) for name in whole}
+    assert whole["tokens"].shape == (64, 128) and same(whole, joined)
+
+
+@pytest.mark.parametrize("first_epoch", [0, 2**40, 2**70])
+def test_samples_across_epochs_and_beyond_32_bits(first_epoch: int) -> None:
+    corpus = numbered_corpus(tokens=50, isolate=True)
+    windows = corpus.train_windows(7)
+    first = first_epoch * windows + windows - 2
+    batch = corpus.train(3, first, 2 * windows + 3, 7)  # Parts of four epochs.
+    firsts = (batch["tokens"][:, 0] - 1000) // 7
+    order = np.concatenate([epoch_order(3, first_epoch + i, windows) for i in range(4)])
+    assert firsts.tolist() == order[windows - 2 : 3 * windows + 1].tolist()
+    one = corpus.train(3, first + 5, 1, 7)
+    assert same(one, {name: array[5:6] for name, array in batch.items()})
+
+
+def test_epochs_are_different_permutations() -> None:
+    orders = [epoch_order(seed, epoch, 100).tolist() for seed in (0, 1) for epoch in (0, 1, 2**32)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert len({tuple(order) for order in orders}) == len(orders)
+    # If this moves, every run resumes in another order: say so in CHANGELOG.md, or undo what moved it.
+    assert epoch_order(0, 0, 8).tolist() == [1, 4, 5, 6, 2, 0, 3, 7]
+
+
+def test_validation_is_the_held_out_text_in_order(docs: Corpus) -> None:
+    batch = docs.validation(100)
+    assert batch["tokens"].shape == (window_count(len(docs.validation_tokens_N), 100), 100)
+    real = batch["segments"] > 0
+    assert batch["targets"][real].tolist() == docs.validation_tokens_N[1:].tolist()
+    assert batch["weights"].sum() == len(docs.validation_tokens_N) - docs.validation_documents
+    text = docs.decode(docs.validation_tokens_N)
+    assert text.replace("\n", "").encode() == docs.validation_text.replace(b"\n", b"")
+
+
+# Edges
+
+
+def test_encode_and_decode() -> None:
+    corpus = numbered_corpus(tokens=12, isolate=True)
+    assert corpus.vocab_size == PythonDocs().vocab_size == 257
+    assert corpus.encode("h\u00e9") == [104, 195, 169]
+    assert corpus.decode(np.array([104, 195, 169, E, 195, 104])) == "h\u00e9\n\ufffdh"
+    for token in 257, -1:
+        with pytest.raises(ValueError, match=r"0\.\.256"):
+            corpus.decode([token])
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_check_names_the_field(fraction: float) -> None:
+    assert list(PythonDocs().check()) == []
+    wrong = list(PythonDocs(validation_fraction=fraction).check())
+    assert wrong == [("validation_fraction", "must lie strictly between 0 and 1; try 0.05")]
+
+
+def test_config_is_frozen_and_hashable() -> None:
+    assert hash(PythonDocs()) == hash(PythonDocs(isolate_documents=True))
+    assert [field.name for field in dataclasses.fields(PythonDocs)] == [
+        "isolate_documents",
+        "validation_fraction",
+    ]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PythonDocs().isolate_documents = False  # pyrefly: ignore
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 0, 1, 4), "seed=-1 .* try seed=0"),
+        ((0, -1, 1, 4), "first_sample=-1 .* try first_sample=0"),
+        ((0, 0, 0, 4), "count=0 .* try count=1"),
+        ((0, 0, 1, 0), "batch.sequence_length=0 must be >= 1"),
+        ((0, 0, 1, 12), "batch.sequence_length=12 .* try batch.sequence_length=11 or less"),
+    ],
+)
+def test_wrong_arguments_say_what_to_type(arguments: tuple[int, int, int, int], message: str) -> None:
+    corpus = numbered_corpus(tokens=12, isolate=True)
+    assert corpus.train(0, 0, 1, 11)["weights"].sum() == 11
+    with pytest.raises(ValueError, match=message):
+        corpus.train(*arguments)
+    with pytest.raises(ValueError, match=r"try batch\.sequence_length"):
+        corpus.validation(0)
