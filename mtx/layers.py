@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
@@ -33,7 +34,7 @@ class Context:
         """Words per sequence for one use of randomness in this layer."""
         assert self.key_B is not None
         number = ("embedding", "attention", "attention_out", "mlp_out").index(purpose)
-        return threefry2x32(self.key_B, (jnp.uint32(self.layer), jnp.uint32(number)))
+        return threefry2x32(self.key_B, (jnp.asarray(self.layer, jnp.uint32), np.uint32(number)))
 
 
 def weight(

@@ -70,6 +70,14 @@ class Layout:
                     yield "rows", f"splits the {column} of {row.dimension} over {other[0]}; legal there: {legal[0]}"
             if row.weights != row.optimizer or (row.dimension != ZERO and row.weights != row.gradients):
                 yield "rows", f"splits weights, gradients and optimizer state of {row.dimension} differently"
+        if self.rows is not None:
+            table = {row.dimension: row for row in self.rows}
+            if twice := [row.dimension for row in self.rows if table[row.dimension] is not row]:
+                yield "rows", f"has two rows for {twice[0]}; keep one"
+            if self.zero and not (ZERO in table and table[ZERO].weights):
+                yield "zero", "has no effect: layout.rows replaces the preset and has no row `zero` over data"
+            if self.sequence_parallel and not (RESIDUAL_TIME in table and "model" in table[RESIDUAL_TIME].activations):
+                yield "sequence_parallel", "has no effect: layout.rows has no row `residual_time` over model"
 
     def table(self) -> tuple[Row, ...]:
         return megatron(self.zero, self.sequence_parallel) if self.rows is None else self.rows

@@ -147,6 +147,8 @@ class Decaying(Schedule):
             (before,), (after,) = dataclasses.astuple(self.warmup), dataclasses.astuple(self.end)
             if before >= after:
                 yield "warmup", f"must end before the decay does ({after})"
+        elif 0 in dataclasses.astuple(self.end):
+            yield "end", "must be positive"
 
     def fallen(self, progress: Progress) -> jax.Array:
         """How much of the fall is done, 0 to 1. Mixed units meet where warm-up ends in both."""

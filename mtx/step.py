@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -71,7 +72,9 @@ class Program:
     def batch_spec(self) -> P:
         return P(None, *self.layout.activation("B"), None)
 
+    @cached_property
     def state_shardings(self) -> TrainState:
+        """Where each array of the state lives, moments like their weights."""
         whole = self.sharding(P())
         shape = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.uint32))
         optimizer = self.shardings("optimizer")
@@ -90,9 +93,9 @@ class Program:
     def _init(self, seed: jax.Array) -> TrainState:
         params = self.model.init(jax.random.fold_in(jax.random.key(seed), 0))
         params = map_weights(lambda w, x: x.astype(self.stored) if w.is_matrix else x, self.weights, params)
-        zero = jnp.uint32(0)
+        zero = jnp.zeros((), jnp.uint32)
         return TrainState(
-            step=jnp.int32(0),
+            step=jnp.zeros((), jnp.int32),
             params=params,
             moments=self.transformation.init(params),
             samples=Counter(zero, zero),
@@ -103,8 +106,27 @@ class Program:
 
     def init(self, seed: int) -> TrainState:
         """A new state, made where it stays: no device and no host ever holds more than its part."""
+        make = jax.jit(self._init, out_shardings=self.state_shardings)
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.state_shardings())(jnp.uint32(seed))
+            return make(np.uint32(seed))
+
+    def abstract_state(self) -> TrainState:
+        """The state's shapes and shardings, for compiling without devices."""
+        shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.uint32))
+        return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, self.state_shardings)
+
+    def abstract_batch(self, microbatches: int, rows: int, time: int) -> Batch:
+        """A Batch_MBT's shapes and shardings; `rows` is B, over all batch shards."""
+        at = self.sharding(self.batch_spec)
+        dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
+        return jax.tree.map(lambda d: jax.ShapeDtypeStruct((microbatches, rows, time), d, sharding=at), dtypes)
+
+    def lower_train_step(self, microbatches: int, rows: int, time: int) -> jax.stages.Lowered:
+        """The real train step, lowered for the mesh's devices, present or not."""
+        step, count = self.compile_train_step(), jax.ShapeDtypeStruct((), jnp.int32)
+        state, batch = self.abstract_state(), self.abstract_batch(microbatches, rows, time)
+        with jax.set_mesh(self.mesh):
+            return step.lower(state, batch, count)
 
     # Gradients.
 
@@ -194,8 +216,8 @@ class Program:
         finite = jnp.isfinite(norm) & jnp.isfinite(objective)
 
         M, B, T = batch.tokens.shape
-        steps, sequences = state.step + 1, count.astype(jnp.uint32) * jnp.uint32(B)
-        samples, tokens = state.samples.plus(sequences), state.tokens.plus(sequences * jnp.uint32(T))
+        steps, sequences = state.step + 1, count.astype(jnp.uint32) * np.uint32(B)
+        samples, tokens = state.samples.plus(sequences), state.tokens.plus(sequences * np.uint32(T))
         progress = Progress(
             steps.astype(jnp.float32), samples.as_float(), tokens.as_float(), steps.astype(jnp.float32) / self.steps
         )
@@ -225,7 +247,7 @@ class Program:
 
     def compile_train_step(self):
         """`train_step` jitted, its state donated; call it under `jax.set_mesh(mesh)`."""
-        out = (self.state_shardings(), None)
+        out = (self.state_shardings, None)
         return jax.jit(self.train_step, donate_argnums=0, out_shardings=out)
 
     def eval_sums(self, state: TrainState, batch: Batch) -> jax.Array:
@@ -261,7 +283,7 @@ class Program:
 
 def sequence_keys(seed: jax.Array, sample_B: Counter) -> Words:
     """Two words per sequence, from the seed and the global sample index alone."""
-    return threefry2x32((seed, jnp.uint32(1)), (sample_B.high, sample_B.low))
+    return threefry2x32((seed, np.uint32(1)), (sample_B.high, sample_B.low))
 
 
 def _zeros(sharded: bool, shape: jax.ShapeDtypeStruct) -> jax.Array:

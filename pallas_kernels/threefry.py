@@ -3,7 +3,7 @@
 from typing import TypeAlias
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 Words: TypeAlias = tuple[jax.Array, jax.Array]
 
@@ -18,19 +18,19 @@ def threefry2x32(key: Words, counter: Words) -> Words:
     JAX's default generator.
     """
     k0, k1 = key
-    keys = (k0, k1, k0 ^ k1 ^ jnp.uint32(_PARITY))
+    keys = (k0, k1, k0 ^ k1 ^ np.uint32(_PARITY))
     x0, x1 = counter[0] + k0, counter[1] + k1
     for block in range(5):
         for rotation in _ROTATIONS[block % 2]:
             x0 = x0 + x1
-            x1 = (x1 << jnp.uint32(rotation)) | (x1 >> jnp.uint32(32 - rotation))
+            x1 = (x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation))
             x1 = x0 ^ x1
         x0 = x0 + keys[(block + 1) % 3]
-        x1 = x1 + keys[(block + 2) % 3] + jnp.uint32(block + 1)
+        x1 = x1 + keys[(block + 2) % 3] + np.uint32(block + 1)
     return x0, x1
 
 
 def keep_mask(rate: float, key: Words, counter: Words) -> jax.Array:
     """True with probability 1 - rate, per element of the broadcast counters."""
     bits, _ = threefry2x32(key, counter)
-    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -1,0 +1,254 @@
+"""Every check of a config that needs no device: types, each dataclass's own, and across dataclasses."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from mtx import attention
+from mtx.config import schema
+from mtx.config.overrides import raise_all, sentence
+from mtx.config.root import Config
+from mtx.config.schema import is_config, join, show
+from mtx.errors import Checked, ConfigError, DeviceError
+from mtx.layers import Learned
+from mtx.layout import RESIDUAL_TIME, BoundLayout
+from mtx.mesh import batch_shards
+from mtx.mesh import sizes as mesh_sizes
+from mtx.spmd import Manual
+from pallas_kernels.masks import Mask
+
+Said = tuple[str, str]  # (dotted path, the whole sentence)
+
+
+def check(config: Config, num_devices: int | None = None) -> None:
+    """Refuse a config that cannot run. What needs the mesh is checked as far as its sizes are known.
+
+    Raises: ConfigError naming every problem, one a line; DeviceError if all that is wrong is that the
+    mesh does not use exactly `num_devices`.
+    """
+    if num_devices is not None and num_devices < 1:
+        raise ConfigError(f"--devices {num_devices} must be at least 1.")
+    said = list(_types(config, Config, ""))
+    said += _own(config, "", [path for path, _ in said])
+    wrong, problems = {path.partition(".")[0] for path, _ in said}, [text for _, text in said]
+    sizes = dataclasses.asdict(config.mesh) if "mesh" not in wrong else {}
+    idle = None
+    if num_devices is not None and sizes:
+        try:
+            sizes = mesh_sizes(config.mesh, num_devices)
+        except DeviceError as error:
+            idle, sizes = error, {}
+    for needs, question in _QUESTIONS:
+        if not wrong & set(needs) and (sizes or "mesh" not in needs):
+            problems += question(_Case(config, sizes, num_devices))
+    if idle is not None and not problems:
+        raise idle
+    raise_all(problems + ([str(idle)] if idle else []))
+
+
+def _types(value: Any, annotation: Any, path: str) -> Iterator[Said]:
+    """Values that do not fit their annotation, at any depth."""
+    if not schema.fits(value, annotation):
+        legal = [*schema.classes(annotation), *_choices(annotation)]
+        hint = schema.did_you_mean(value, legal) if isinstance(value, str) else ""
+        yield path, sentence(f"{path}={_typed(value)} must be {schema.expected(annotation)}{hint}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, f"{path}={value} must be a finite number."
+    elif isinstance(value, tuple):
+        member = next(member for member in schema.alternatives(annotation) if schema.fits(value, member))
+        for i, item in enumerate(value):
+            yield from _types(item, get_args(member)[0], f"{path}[{i}]")
+    elif is_config(value):
+        for name, field in schema.fields(type(value)).items():
+            yield from _types(getattr(value, name), field.annotation, join(path, name))
+
+
+def _own(value: Any, path: str, mistyped: list[str]) -> Iterator[Said]:
+    """What each dataclass says about itself, where it and all below it have the right types."""
+    for name, inner in schema.values(value).items():
+        if is_config(inner):
+            yield from _own(inner, join(path, name), mistyped)
+    if isinstance(value, Checked) and not any(wrong.startswith(path) for wrong in mistyped):
+        for name, why in value.check():
+            here = join(path, name)
+            yield here, sentence(f"{here}={show(_at(value, name))} {why}")
+
+
+def _choices(annotation: Any) -> list[str]:
+    members = schema.alternatives(annotation)
+    return [str(c) for m in members if get_origin(m) is Literal for c in get_args(m)]
+
+
+def _typed(value: Any) -> str:
+    """A value of a wrong type, so that one sees what is wrong: 'auto' is not auto."""
+    return show(value) if is_config(value) else show(repr(value))
+
+
+def _at(value: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """A config whose parts are right by themselves. A mesh size that is not known is -1."""
+
+    config: Config
+    sizes: dict[str, int]
+    num_devices: int | None
+
+    @property
+    def layout(self) -> BoundLayout:
+        """On the mesh, with 1 for a size that is not known."""
+        return BoundLayout.of(self.config.layout, {axis: max(size, 1) for axis, size in self.sizes.items()})
+
+    def mesh(self, axis: str, size: int) -> str | None:
+        """Overrides that give `data` or `model` this smaller size; None if what grows instead does not fit."""
+        text, other = f"mesh.{axis}={size}", "model" if axis == "data" else "data"
+        wild = [name for name, wanted in dataclasses.asdict(self.config.mesh).items() if wanted == -1]
+        if axis == "data" and wild and wild[0] in ("replica", "expert"):
+            return None
+        if self.num_devices is None:
+            return text
+        factor = self.sizes[axis] // size
+        if axis == "data" and any(n % (self.sizes["model"] * factor) for n in _split_sizes(self.config).values()):
+            return None
+        if axis == "model" and self.config.batch.global_size % (batch_shards(self.sizes) * factor):
+            return None
+        return text if wild and wild != [axis] else f"{text} mesh.{other}={self.sizes[other] * factor}"
+
+
+def _batch(case: _Case) -> Iterator[str]:
+    batch, layout = case.config.batch, case.layout
+    axes = next((row.activations for row in case.config.layout.table() if row.dimension == "batch"), ())
+    shards, mesh = layout.size(*layout.batch_axes), f"mesh.{'*'.join(axes)}"
+    if batch.global_size % shards:
+        hints = [f"batch.global_size={_either(_around(batch.global_size, shards))}"]
+        data = layout.size("data")
+        fitting = [d for d in _divisors(data)[:-1] if batch.global_size % (shards // data * d) == 0]
+        if "data" in layout.batch_axes and fitting and (change := case.mesh("data", fitting[-1])):
+            hints.append(change)
+        yield (
+            f"batch.global_size={batch.global_size} does not divide over {shards} data shards ({mesh}); "
+            f"try {', or '.join(hints)}."
+        )
+    elif batch.micro_size is not None and -1 not in case.sizes.values():
+        each = batch.global_size // shards
+        if each % batch.micro_size:
+            legal = ", ".join(str(size) for size in _divisors(each))
+            yield (
+                f"batch.micro_size={batch.micro_size} does not divide the {each} sequences of a data shard "
+                f"(batch.global_size={batch.global_size} over {mesh}={shards}); legal: {legal}."
+            )
+
+
+def _time(case: _Case) -> Iterator[str]:
+    length, layout = case.config.batch.sequence_length, case.layout
+    parts = layout.size(*layout.axes(RESIDUAL_TIME, "activations"))
+    if length % parts:
+        yield (
+            f"batch.sequence_length={length} does not divide over mesh.model={parts} (layout.sequence_parallel); "
+            f"try batch.sequence_length={_either(_around(length, parts))}, or layout.sequence_parallel=false."
+        )
+
+
+def _positions(case: _Case) -> Iterator[str]:
+    length, positions = case.config.batch.sequence_length, case.config.model.positions
+    if isinstance(positions, Learned) and length > positions.length:
+        yield (
+            f"batch.sequence_length={length} is longer than the table of positions; try batch.sequence_length="
+            f"{positions.length}, or model.positions.length={length}, or model.positions=Rotary."
+        )
+
+
+def _vocabulary(case: _Case) -> Iterator[str]:
+    needed, found = case.config.data.vocab_size, case.config.model.vocab_size
+    if found < needed:
+        data = type(case.config.data).__name__
+        yield (
+            f"model.vocab_size={found} is smaller than the {needed} tokens of data={data}; "
+            f"try model.vocab_size={needed}."
+        )
+
+
+def _split_sizes(config: Config) -> dict[str, int]:
+    """Sizes of the dimensions that tensor parallelism may split, by name."""
+    model = config.model
+    return {
+        "heads": model.attention.heads,
+        "kv_heads": model.attention.kv_heads or model.attention.heads,
+        "ff": model.mlp.width,
+        "vocab": model.padded_vocab,
+    }
+
+
+def _tensor_parallel(case: _Case) -> Iterator[str]:
+    model, layout = case.config.model, case.layout
+    heads = model.attention.heads
+    for dimension, size in _split_sizes(case.config).items():
+        axes = layout.axes(dimension, "weights")
+        parts = layout.size(*axes)
+        if size % parts == 0 or (dimension == "kv_heads" and model.attention.kv_heads is None):
+            continue
+        mesh = "mesh." + "*".join(axes)
+        where, tries = f"{mesh}={parts}", []
+        if dimension == "heads":
+            path = "model.attention.heads"
+            kv_heads = model.attention.kv_heads or 1
+            able = [n for n in range(parts, 2 * max(size, parts) + 1, parts) if n % kv_heads == 0]
+            tries = [n for n in able if model.attention.head_size or model.width % n == 0]
+        elif dimension == "kv_heads":
+            path = "model.attention.kv_heads"
+            tries = [n for n in range(parts, heads + 1, parts) if heads % n == 0]
+        elif dimension == "ff":
+            path, tries = "model.mlp.width", _around(size, parts)
+        else:
+            path, tries = "model.vocab_multiple", [math.lcm(model.vocab_multiple, parts)]
+            where += f" (the vocabulary, padded, has {size} rows)"
+        value = model.vocab_multiple if dimension == "vocab" else size
+        changes = [case.mesh("model", n) for n in _divisors(math.gcd(size, parts))] if axes == ("model",) else []
+        hints = [f"{path}={_either(tries[:2])}"] if tries else []
+        hints += [change for change in changes[-2:] if change]
+        yield f"{path}={value} does not divide over {where}; try {', or '.join(hints)}."
+
+
+def _backend(case: _Case) -> Iterator[str]:
+    """A demanded attention backend that could not do this on its own platform either."""
+    config, backend = case.config, case.config.model.attention.backend
+    platform = {"cudnn": "gpu", "splash": "tpu"}.get(backend)
+    if platform is None:
+        return
+    mask = Mask(causal=config.model.causal, documents=config.data.isolate_documents)
+    dtype = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
+    manual = isinstance(config.partition, Manual)
+    length, rate = config.batch.sequence_length, config.model.attention_dropout
+    try:
+        attention.choose(backend, platform, dtype, config.model.head_size, length, mask, rate, manual)
+    except ConfigError as error:
+        yield str(error)
+
+
+_QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...] = (
+    (("batch", "mesh", "layout", "model"), _batch),
+    (("batch", "mesh", "layout"), _time),
+    (("batch", "model"), _positions),
+    (("data", "model"), _vocabulary),
+    (("model", "mesh", "layout"), _tensor_parallel),
+    (("model", "data", "precision", "partition", "batch"), _backend),
+)
+"""Checks across dataclasses, each with the fields that must be right for it to make sense."""
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _around(n: int, step: int) -> list[int]:
+    """The multiples of step next to n, positive."""
+    return [m for m in (n // step * step, -(-n // step) * step) if m > 0]
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(str(n) for n in numbers)
