@@ -314,9 +314,7 @@ def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> list[list[int]
     return _groups_along(ids, [list(sizes).index(name) for name in re.findall(r"'([^']+)'", axes)])
 
 
-def _read_collective(
-    frame: "_Frame", op: _Op, loops: Loops, fused: bool, mesh: _MeshAxes
-) -> Iterator[Collective]:
+def _read_collective(frame: "_Frame", op: _Op, loops: Loops, fused: bool, mesh: _MeshAxes) -> Iterator[Collective]:
     kind, scale = op.collective or "", 1
     if kind == "collective-permute":
         listed = op.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
@@ -359,7 +357,6 @@ class _Carried(NamedTuple):
 
 
 _Value = int | _Carried | dict[int, "_Value"] | None
-_MIRROR = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}
 
 
 class _Frame(NamedTuple):
@@ -414,19 +411,19 @@ class _Frame(NamedTuple):
         body = _Frame(self.program, op.computation("body"), lambda n: at_start)
         before = {i: self.element(op.operands[0], i) for i in at_start}
         after = {i: body.element(body.root.name, i) for i in at_start}
-        constant = {i: v for i, v in before.items() if isinstance(v, int) and after[i] == at_start[i]}
+        constant: dict[int, _Value] = {
+            i: v for i, v in before.items() if isinstance(v, int) and after[i] == at_start[i]
+        }
         if known := op.attribute(r'"known_trip_count":\{"n":"?(\d+)'):
             return int(known), constant
         condition = _Frame(self.program, op.computation("condition"), lambda n: at_start | constant)
         left, right, direction = condition.comparison(condition.root)
-        if isinstance(right, _Carried):
-            left, right, direction = right, left, _MIRROR.get(direction, "")
-        if not (isinstance(left, _Carried) and isinstance(right, int) and direction in _MIRROR):
+        if not (isinstance(left, _Carried) and isinstance(right, int)):
             return None, constant
         start, end = before[left.index], after[left.index]
         if not (isinstance(start, int) and isinstance(end, _Carried) and end.index == left.index):
             return None, constant
-        sign = 1 if direction in ("LT", "LE") else -1
+        sign = {"LT": 1, "LE": 1, "GT": -1, "GE": -1}.get(direction, 0)
         distance, step = sign * (right - start - left.offset), sign * end.offset
         distance += direction in ("LE", "GE")
         return (max(0, -(-distance // step)) if step > 0 else None), constant

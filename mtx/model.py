@@ -94,7 +94,10 @@ class Transformer:
             yield "init_std", "must be positive"
         heads = self.attention.heads
         if self.attention.head_size is None and heads > 0 and self.width % heads:
-            yield "width", f"does not divide over attention.heads={heads}; or set attention.head_size"
+            legal = [n for n in range(1, self.width + 1) if self.width % n == 0]
+            nearest = sorted(legal, key=lambda n: abs(n - heads))[:2]
+            why = f"does not divide width={self.width}; try {' or '.join(map(str, sorted(nearest)))}, or set head_size"
+            yield "attention.heads", why
         elif isinstance(self.positions, Rotary) and heads > 0 and self.head_size % 2:
             yield "attention.head_size", "must be even for rotary positions"
         if self.layers > 0 and self.unroll > 0 and self.layers % self.unroll:

@@ -209,7 +209,7 @@ class Program:
         """
         gradients, (objective, nll, labels) = self.gradients(state, batch, count)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(labels, 1e-9), gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         if (limit := self.optimizer.clip_norm) is not None:
             scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-9))
             gradients = jax.tree.map(lambda g: g * scale, gradients)

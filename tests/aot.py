@@ -19,9 +19,6 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-# With a persistent compile cache, jax stores these programs but cannot load them without a device, and warns.
-no_cache_warnings = pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache")
-
 
 def require_aot(*modules: str) -> None:
     """Skips the calling test (MTX_REQUIRE_AOT=1: fails it) unless one of the plugin modules is installed."""

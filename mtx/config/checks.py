@@ -64,15 +64,19 @@ def _types(value: Any, annotation: Any, path: str) -> Iterator[Said]:
             yield from _types(getattr(value, name), field.annotation, join(path, name))
 
 
-def _own(value: Any, path: str, mistyped: list[str]) -> Iterator[Said]:
-    """What each dataclass says about itself, where it and all below it have the right types."""
+def _own(value: Any, path: str, mistyped: list[str]) -> list[Said]:
+    """What each dataclass says about itself, where it and all below it have the right types. What it
+    says about a part is left out if the part has a problem already."""
+    found: list[Said] = []
     for name, inner in schema.values(value).items():
         if is_config(inner):
-            yield from _own(inner, join(path, name), mistyped)
+            found += _own(inner, join(path, name), mistyped)
     if isinstance(value, Checked) and not any(wrong.startswith(path) for wrong in mistyped):
         for name, why in value.check():
             here = join(path, name)
-            yield here, sentence(f"{here}={show(_at(value, name))} {why}")
+            if not any(below.startswith(f"{here}.") for below, _ in found):
+                found.append((here, sentence(f"{here}={show(_at(value, name))} {why}")))
+    return found
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -210,7 +214,7 @@ def _tensor_parallel(case: _Case) -> Iterator[str]:
         value = model.vocab_multiple if dimension == "vocab" else size
         changes = [case.mesh("model", n) for n in _divisors(math.gcd(size, parts))] if axes == ("model",) else []
         hints = [f"{path}={_either(tries[:2])}"] if tries else []
-        hints += [change for change in changes[-2:] if change]
+        hints += [change for change in changes[-2:] if change] or ([] if tries else ["another mesh"])
         yield f"{path}={value} does not divide over {where}; try {', or '.join(hints)}."
 
 

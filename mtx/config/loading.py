@@ -79,13 +79,16 @@ def _read(path: Path) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() and any(path.parent.glob("*.py")) else ROOT / "configs"
-    files = {file.stem: file for file in sorted(folder.glob("*.py"))}
-    if found := schema.near(path.stem, files):
-        file = files[found]
-        shown = file.relative_to(Path.cwd()) if file.is_absolute() and file.is_relative_to(Path.cwd()) else file
-        return f"; did you mean {shown}?"
-    return f"; {folder} holds {', '.join(file.name for file in files.values())}." if files else "."
+    ours = ROOT / "configs"
+    for folder in (path.parent, ours):
+        files = {file.stem: file for file in sorted(folder.glob("*.py"))}
+        if found := schema.near(path.stem, files):
+            return f"; did you mean {_from_here(files[found])}?"
+    return f"; {_from_here(ours)} holds {', '.join(file.name for file in sorted(ours.glob('[!_]*.py')))}."
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _run(path: Path, source: str) -> Config:
@@ -165,15 +168,18 @@ def _origins(config: Config, tree: ast.Module, path: Path) -> dict[str, str]:
         """The constructor or replace() call behind an expression."""
         if isinstance(node, ast.Name) and depth:
             return resolve(names.get(node.id), depth - 1)
-        if isinstance(node, ast.Call) and (inner := functions.get(_name(node.func))) and depth:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions and depth:
+            inner = functions[node.func.id]
             returned = [n.value for n in ast.walk(inner) if isinstance(n, ast.Return)]
             return resolve(returned[-1], depth - 1) if returned else None
         return node if isinstance(node, ast.Call) else None
 
     def visit(value: Any, call: ast.Call | None, prefix: str) -> None:
         given: dict[str, ast.expr] = {}
-        while call is not None and _name(call.func) == "replace" and call.args:
+        seen: list[ast.Call] = []
+        while call is not None and call not in seen and _name(call.func) == "replace" and call.args:
             given = {k.arg: k.value for k in call.keywords if k.arg} | given
+            seen.append(call)
             call = resolve(call.args[0])
         if call is not None and _name(call.func) == type(value).__name__:
             given = {k.arg: k.value for k in call.keywords if k.arg} | given

@@ -1,6 +1,6 @@
 """Overrides: `a.b=value` words of a command line, applied to a config whatever their order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, TypeVar
 
@@ -9,6 +9,8 @@ from mtx.config.schema import is_config, join
 from mtx.errors import ConfigError
 
 COMMAND_LINE = "command line"
+FLAGS = ("config", "devices", "verbose", "coordinator", "processes", "process", "help")
+"""Of main.py, for near misses."""
 T = TypeVar("T")
 
 
@@ -161,7 +163,7 @@ class _Applier:
         subject = f"{wrong[0]}: {cls.__name__} has no field {name!r}"
         having = [n for n, other in schema.classes(annotation).items() if name in schema.fields(other)]
         if having:
-            have = f"{' and '.join(having)} {'have' if len(having) > 1 else 'has'} it"
+            have = f"{', '.join(having)} {'have' if len(having) > 1 else 'has'} it"
             return f"{subject}; {have}: add {path}={having[0]}."
         names = list(schema.fields(cls))
         found = self._suggestion(path, names, name, wrong[0])
@@ -169,20 +171,27 @@ class _Applier:
         return f"{subject}{hint} Its fields: {', '.join(names)}." if names else f"{subject}; it has none."
 
     def _suggestion(self, path: str, names: list[str], name: str, wrong: str) -> str | None:
-        """A field of the same name deeper down, a sibling of a like name, or a like path anywhere."""
+        """A field of that name deeper down, a sibling of a like name, a flag, or a like field anywhere."""
         everywhere = _paths(self.root)
         leaf = wrong.rpartition(".")[2]
-        deeper = [p for p in everywhere if p.startswith(path) and p.rpartition(".")[2] == name]
-        if deeper:
+
+        def shortest(holds: Callable[[str], bool]) -> str | None:
+            return min((p for p in everywhere if holds(p.rpartition(".")[2])), key=len, default=None)
+
+        if deeper := [p for p in everywhere if p.startswith(path) and p.rpartition(".")[2] == name]:
             return min(deeper, key=len)
-        if sibling := schema.near(name, names):
+        sibling = schema.near(name, names) or next((n for n in names if name in n.split("_")), None)
+        if sibling:
             whole = join(path, sibling) + wrong[len(join(path, name)) :]
             return whole if whole in everywhere else join(path, sibling)
-        if same := [p for p in everywhere if p.rpartition(".")[2] == leaf]:
-            return min(same, key=len)
-        if like := schema.near(leaf, {p.rpartition(".")[2] for p in everywhere}):
-            return min((p for p in everywhere if p.rpartition(".")[2] == like), key=len)
-        return None
+        if not path and (flag := schema.near(name, FLAGS)):
+            return f"--{flag}"
+        like = schema.near(leaf, {p.rpartition(".")[2] for p in everywhere})
+        said = leaf.replace("_", " ").lower()
+        by_help = [p for p, help in everywhere.items() if help.lower().startswith(said)]
+        return shortest(lambda field: leaf == field or leaf in field.split("_")) or (
+            max(by_help, key=len) if by_help else shortest(lambda field: field == like)
+        )
 
 
 def _carried(old: Any, cls: type) -> dict[str, Any]:
@@ -197,12 +206,13 @@ def _carried(old: Any, cls: type) -> dict[str, Any]:
     return carried
 
 
-def _paths(config: Any, prefix: str = "") -> list[str]:
-    found = []
+def _paths(config: Any, prefix: str = "") -> dict[str, str]:
+    """The help of every field, by dotted path."""
+    found = {}
     for name, value in schema.values(config).items():
-        found.append(join(prefix, name))
+        found[join(prefix, name)] = schema.help_of(type(config), name)
         if is_config(value):
-            found += _paths(value, join(prefix, name))
+            found |= _paths(value, join(prefix, name))
     return found
 
 

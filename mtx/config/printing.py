@@ -57,7 +57,7 @@ def flat(dumped: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(dotted path, old value, new value) wherever two configs, or dumps of configs, differ."""
-    a, b = (flat(dump(c) if is_config(c) else c) for c in (old, new))
+    a, b = (flat(c if isinstance(c, Mapping) else dump(c)) for c in (old, new))
     shown = [(path, _text(a, path), _text(b, path)) for path in a | b]
     return [(path, x, y) for path, x, y in shown if x != y]
 

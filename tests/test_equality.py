@@ -1,0 +1,216 @@
+"""The equality matrix: one global batch, one seed, every mesh and lowering against one device, in float32."""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toys
+from mtx import spmd
+from mtx.model import flatten
+from mtx.optim import AdamW, Constant, Sgd, Steps
+from mtx.spmd import Compiled, Manual, ManualDoors
+
+MODELS = {"gpt": toys.GPT, "llama": toys.LLAMA}
+GRADIENTS = 1e-5
+LOSS = 1e-5
+
+
+class Case(NamedTuple):
+    model: str
+    dropout: bool
+    accumulate: int
+    mesh: tuple[int, int, int]
+    zero: int
+    sequence_parallel: bool
+    compiled: bool
+
+    def __str__(self) -> str:
+        replica, data, tensor = self.mesh
+        words = [self.model, f"r{replica}d{data}m{tensor}", f"zero{self.zero}", f"acc{self.accumulate}"]
+        words += [word for word in ("dropout", "sequence_parallel", "compiled") if getattr(self, word)]
+        return "-".join(words)
+
+    def program(self, **kw):
+        return toys.program(
+            toys.dropped(MODELS[self.model], 0.2 if self.dropout else 0.0),
+            self.mesh,
+            zero=self.zero,
+            sequence_parallel=self.sequence_parallel,
+            partition=Compiled() if self.compiled else Manual(),
+            **kw,
+        )
+
+
+def whole_matrix() -> list[Case]:
+    """Every combination that does something: ZeRO needs data > 1, sequence parallelism model > 1."""
+    factors = (MODELS, (False, True), (1, 4), toys.MESHES, range(4), (False, True), (False, True))
+    cases = [Case(*values) for values in itertools.product(*factors)]
+    return [c for c in cases if (c.mesh[1] > 1 or not c.zero) and (c.mesh[2] > 1 or not c.sequence_parallel)]
+
+
+def pairwise(cases: list[Case]) -> list[Case]:
+    """A greedy cover: every pair of values that occurs together somewhere occurs in what is chosen."""
+
+    def pairs(case: Case) -> set:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    missing = set().union(*map(pairs, cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+MATRIX = whole_matrix()
+DEFAULT = pairwise(MATRIX)
+
+
+@functools.cache
+def weights(model: str) -> dict:
+    return toys.weights_of(MODELS[model])
+
+
+@functools.cache
+def reference(model: str, dropout: bool) -> tuple[dict, np.ndarray]:
+    p = toys.program(toys.dropped(MODELS[model], 0.2 if dropout else 0.0))
+    return toys.gradients(p, weights(model), toys.batch())
+
+
+def check(case: Case) -> None:
+    found, sums = toys.gradients(case.program(), weights(case.model), toys.batch(), case.accumulate)
+    wanted, wanted_sums = reference(case.model, case.dropout)
+    np.testing.assert_allclose(sums, wanted_sums, rtol=LOSS)
+    toys.check_close(found, wanted, GRADIENTS)
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=str)
+def test_gradients(case: Case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in MATRIX if case not in DEFAULT], ids=str)
+def test_gradients_whole_matrix(case: Case):
+    check(case)
+
+
+def test_the_matrix_is_whole():
+    assert len(MATRIX) == 688
+    assert {case.mesh for case in DEFAULT} == set(toys.MESHES)
+
+
+# Controls: each breaks one collective of the layout, and the matrix must see it.
+
+BREAKS = {
+    "no sum at the entry": lambda m: m.setattr(spmd, "_sum_gradient", lambda x: x),
+    "no sum of norm gains over model": lambda m: m.setattr(
+        ManualDoors, "reduce_gradient", lambda self, w, g: jax.lax.psum(g, self.layout.batch_axes)
+    ),
+    "gradients of one replica": lambda m: m.setattr(ManualDoors, "reduce_gradient", lambda self, w, g: g),
+    "dropout by local position": lambda m: m.setattr(
+        ManualDoors, "index", lambda self, letter, x, axis: jnp.arange(x.shape[axis])
+    ),
+}
+BROKEN = {
+    "no sum at the entry": Case("gpt", False, 1, (1, 2, 4), 0, False, False),
+    "no sum of norm gains over model": Case("llama", False, 1, (1, 2, 4), 0, True, False),
+    "gradients of one replica": Case("gpt", False, 1, (2, 4, 1), 0, False, False),
+    "dropout by local position": Case("gpt", True, 1, (1, 1, 8), 0, True, False),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_layout_is_seen(what: str, monkeypatch: pytest.MonkeyPatch):
+    BREAKS[what](monkeypatch)
+    with pytest.raises(AssertionError):
+        check(BROKEN[what])
+
+
+# Steps: the optimizer sees the same thing everywhere.
+
+STEPS = {
+    "sgd": (Sgd(schedule=Constant(peak_lr=0.1, warmup=Steps(count=2)), clip_norm=0.5, momentum=0.9), 1e-5),
+    "adamw": (AdamW(schedule=Constant(peak_lr=1e-2, warmup=Steps(count=2)), clip_norm=0.5), 5e-5),
+}
+STEP_CASES = [
+    Case("gpt", True, 4, (1, 8, 1), 1, False, False),
+    Case("llama", False, 1, (2, 2, 2), 2, True, False),
+    Case("gpt", False, 4, (1, 2, 4), 3, True, False),
+    Case("llama", True, 4, (1, 1, 8), 0, False, False),
+    Case("gpt", True, 1, (2, 2, 2), 3, True, True),
+    Case("llama", False, 4, (1, 4, 2), 1, False, True),
+]
+
+
+@functools.cache
+def three_steps(case: Case | None, model: str, dropout: bool, optimizer: str) -> tuple[dict, list[dict]]:
+    kw = {"optimizer": STEPS[optimizer][0]}
+    p = case.program(**kw) if case else toys.program(toys.dropped(MODELS[model], 0.2 if dropout else 0.0), **kw)
+    count = case.accumulate if case else 1
+    state, rows = toys.state_of(p, weights(model)), []
+    step = p.compile_train_step()
+    with jax.set_mesh(p.mesh):
+        for seed in range(3):
+            state, metrics = step(state, toys.place(p, toys.batch(seed=seed), count), np.int32(count))
+            rows.append(jax.device_get(metrics))
+    assert step._cache_size() == 1
+    return jax.tree.map(np.asarray, state.params), rows
+
+
+@pytest.mark.parametrize("optimizer", STEPS)
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
+def test_three_steps(case: Case, optimizer: str):
+    found, rows = three_steps(case, case.model, case.dropout, optimizer)
+    wanted, wanted_rows = three_steps(None, case.model, case.dropout, optimizer)
+    for row, wanted_row in zip(rows, wanted_rows, strict=True):
+        for name, value in wanted_row.items():
+            np.testing.assert_allclose(row[name], value, rtol=2e-5, err_msg=name)
+    if optimizer == "adamw":
+        found, wanted = without_noise(case, found), without_noise(case, wanted)
+    toys.check_close(found, wanted, STEPS[optimizer][1])
+
+
+def without_noise(case: Case, params: dict) -> dict:
+    """AdamW divides by the gradient's size: a tensor whose true gradient is zero (GPT-2's key bias) moves by
+    rounding alone."""
+    gradients, _ = reference(case.model, case.dropout)
+    total = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(gradients).values()))
+    keep = {name for name, g in flatten(gradients).items() if np.linalg.norm(g) > 1e-4 * total}
+    params = {name: value for name, value in flatten(params).items() if name in keep}
+    for name in ("layers/attention/bias_KGH",):
+        if name in params:
+            params[name] = np.delete(params[name], -2, axis=2)  # queries and values; not keys
+    return params
+
+
+@pytest.mark.parametrize("mesh", toys.MESHES, ids=str)
+def test_initial_weights(mesh: tuple[int, int, int]):
+    p = toys.program(toys.GPT, mesh, zero=3 if mesh[1] > 1 else 0)
+    found, wanted = p.init(7), toys.program(toys.GPT).init(7)
+    for (name, x), y in zip(flatten(found.params).items(), flatten(wanted.params).values(), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-6, err_msg=name)
+        assert x.sharding == flatten(p.shardings("weights"))[name]
+    moments = flatten(dataclasses.asdict(found)["params"])
+    assert moments.keys() == flatten(p.weights).keys()
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_random_bits(mesh: tuple[int, int, int]):
+    p = toys.program(toys.GPT, mesh, zero=3 if mesh[1] > 1 else 0)
+
+    def bits(seed: jax.Array) -> dict:
+        key = jax.random.key(seed)
+        return spmd.map_weights(lambda w: jax.random.bits(key, w.shape), p.weights)
+
+    with jax.set_mesh(p.mesh):
+        found = jax.jit(bits, out_shardings=p.shardings("weights"))(np.uint32(3))
+    wanted = jax.jit(bits)(np.uint32(3))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), found, wanted)

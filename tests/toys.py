@@ -1,0 +1,166 @@
+"""Small models, meshes and batches that the tests of many modules share."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtx import mesh as meshes
+from mtx.attention import AttentionConfig
+from mtx.layers import Gelu, Llama3Scaling, Learned, RMSNorm, Rotary, SwiGLU
+from mtx.layout import BoundLayout, Layout
+from mtx.losses import CrossEntropy
+from mtx.mesh import MeshConfig
+from mtx.model import Batch, Model, Transformer, flatten
+from mtx.optim import Counter, Optimizer, Sgd
+from mtx.spmd import Compiled, Manual
+from mtx.step import Program, TrainState
+
+GPT = Transformer(
+    vocab_size=250,
+    vocab_multiple=64,
+    layers=2,
+    width=32,
+    attention=AttentionConfig(heads=8),
+    mlp=Gelu(width=64),
+    positions=Learned(length=16),
+)
+LLAMA = Transformer(
+    vocab_size=250,
+    vocab_multiple=64,
+    layers=2,
+    width=32,
+    attention=AttentionConfig(heads=16, kv_heads=8),
+    mlp=SwiGLU(width=64),
+    norm=RMSNorm(),
+    positions=Rotary(scaling=Llama3Scaling(original_length=8)),
+    bias=False,
+    tied_head=False,
+    init_scale_residual=False,
+)
+MESHES = [(r, d, 8 // r // d) for r in (1, 2, 4, 8) for d in (1, 2, 4, 8) if r * d <= 8]
+"""Every (replica, data, model) of eight devices."""
+
+
+def dropped(model: Transformer, rate: float) -> Transformer:
+    return dataclasses.replace(model, dropout=rate, attention_dropout=rate)
+
+
+def program(
+    model: Transformer,
+    mesh: tuple[int, int, int] = (1, 1, 1),
+    *,
+    zero: int = 0,
+    sequence_parallel: bool = False,
+    partition: Manual | Compiled = Manual(),
+    optimizer: Optimizer = Sgd(clip_norm=None),
+    loss: CrossEntropy = CrossEntropy(chunk_tokens=16, z_loss=1e-3),
+    documents: bool = True,
+    compute=jnp.float32,
+    devices=None,
+    steps: int = 10,
+) -> Program:
+    replica, data, tensor = mesh
+    devices = jax.devices()[: math.prod(mesh)] if devices is None else devices
+    made = meshes.make(MeshConfig(replica=replica, data=data, model=tensor), devices)
+    layout = BoundLayout.of(Layout(zero=zero, sequence_parallel=sequence_parallel), dict(made.shape))
+    built = Model(model)
+    layout.check(flatten(built.weights))
+    return Program(
+        model=built,
+        mesh=made,
+        layout=layout,
+        optimizer=optimizer,
+        loss=loss,
+        partition=partition,
+        compute=jnp.dtype(compute),
+        stored=jnp.dtype(jnp.float32),
+        mask=built.mask(documents),
+        steps=steps,
+    )
+
+
+def batch(sequences: int = 32, time: int = 16, vocab: int = 250, seed: int = 0) -> dict[str, np.ndarray]:
+    """Packed documents with ignored targets and rows that are mostly padding."""
+    random = np.random.default_rng(seed)
+    shape = (sequences, time)
+    segments = np.sort(random.integers(1, 4, shape), axis=-1).astype(np.int32)
+    positions = np.zeros(shape, np.int32)
+    for t in range(1, time):
+        positions[:, t] = np.where(segments[:, t] == segments[:, t - 1], positions[:, t - 1] + 1, 0)
+    weights = (random.random(shape) > 0.2).astype(np.float32)
+    weights[:3, 2:] = 0.0  # so that a mean of means over rows or shards is wrong
+    return {
+        "tokens": random.integers(0, vocab, shape, dtype=np.int32),
+        "targets": random.integers(0, vocab, shape, dtype=np.int32),
+        "weights": weights,
+        "segments": segments,
+        "positions": positions,
+    }
+
+
+def place(p: Program, arrays: Mapping[str, np.ndarray], microbatches: int) -> Batch:
+    at = p.sharding(p.batch_spec)
+    return Batch(**{name: jax.device_put(x.reshape(microbatches, -1, x.shape[-1]), at) for name, x in arrays.items()})
+
+
+def state_of(p: Program, params: dict) -> TrainState:
+    """A new state with these weights (host arrays)."""
+    whole = p.sharding(jax.P())
+    placed = jax.tree.map(jax.device_put, params, p.shardings("weights"))
+    with jax.set_mesh(p.mesh):
+        moments = jax.jit(p.transformation.init, out_shardings=p.state_shardings.moments)(placed)
+
+    def zero(dtype=np.uint32) -> jax.Array:  # never one array in two places: the step donates them
+        return jax.device_put(dtype(0), whole)
+
+    return TrainState(
+        step=zero(np.int32),
+        params=placed,
+        moments=moments,
+        samples=Counter(zero(), zero()),
+        tokens=Counter(zero(), zero()),
+        skipped=zero(),
+        seed=zero(),
+    )
+
+
+def weights_of(model: Transformer) -> dict:
+    """Host arrays of one initialisation, with biases and gains moved off their special values."""
+    params = jax.tree.map(np.asarray, program(model).init(0).params)
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + 0.02 * random.standard_normal(x.shape).astype(np.float32), params)
+
+
+def gradients(p: Program, params: dict, arrays: Mapping[str, np.ndarray], microbatches: int = 1) -> tuple[dict, np.ndarray]:
+    """(gradients of the mean loss, sums), on the host; every copy of a replicated shard must agree."""
+    state, placed = state_of(p, params), place(p, arrays, microbatches)
+    with jax.set_mesh(p.mesh):
+        found, sums = jax.jit(p.gradients)(state, placed, jnp.int32(microbatches))
+    for name, array in flatten(found).items():
+        check_copies(name, array)
+    check_copies("sums", sums)
+    return jax.tree.map(lambda g: np.asarray(g) / float(sums[2]), found), np.asarray(sums)
+
+
+def check_copies(name: str, array: jax.Array) -> None:
+    """Devices that should hold the same part hold the same bits."""
+    seen: dict[str, np.ndarray] = {}
+    for shard in array.addressable_shards:
+        key = str(shard.index)
+        part = np.asarray(shard.data)
+        np.testing.assert_array_equal(part, seen.setdefault(key, part), err_msg=f"copies of {name} differ")
+
+
+def check_close(found: dict, wanted: dict, bound: float) -> None:
+    """||difference|| <= bound max(||tensor||, 1e-4 ||all||), tensor by tensor."""
+    wanted, found = flatten(wanted), flatten(found)
+    assert wanted.keys() == found.keys()
+    everything = math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in wanted.values()))
+    for name, x in wanted.items():
+        error = np.linalg.norm((np.asarray(found[name], np.float64) - x).ravel())
+        scale = max(np.linalg.norm(x.ravel().astype(np.float64)), 1e-4 * everything)
+        assert error <= bound * scale, f"{name}: off by {error / scale:.2e} of its norm, more than {bound:.0e}"
