@@ -15,6 +15,9 @@ XLA_FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     # Eight device threads on two busy cores may wait for one another longer than XLA's 40 s, which ends the process.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+    # Compile faster; the programs are small and run once. What is partitioned stays the same.
+    "--xla_backend_optimization_level": "0",
+    "--xla_llvm_disable_expensive_passes": "true",
 }
 given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([given, *(f"{k}={v}" for k, v in XLA_FLAGS.items() if k not in given)]).strip()

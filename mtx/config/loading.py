@@ -149,7 +149,10 @@ def _blame(path: Path, error: Exception) -> str:
             return f"{where}: {owner} has no field {wrong!r}{hint} Its fields: {', '.join(names) or 'none'}."
     if found := re.match(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)", text):
         return f"{where}: {found[1]} needs {found[2]}."
-    return f"{where}: {type(error).__name__}: {text}"
+    hint = ""
+    if isinstance(error, NameError | ImportError) and (found := re.search(r"'(\w+)'", text)):
+        hint = schema.did_you_mean(found[1], schema.reachable(Config))
+    return f"{where}: {type(error).__name__}: {text}{hint}"
 
 
 # Where a value came from: the config file's syntax tree is walked along with the config that it returned.

@@ -1,0 +1,106 @@
+"""The train step: compiled once, non-finite steps skipped, counters that never overflow, memory of ZeRO-3."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toys
+from mtx.model import flatten
+from mtx.optim import AdamW, Constant, Counter, Sgd, Steps
+from mtx.step import TrainState
+
+OPTIMIZER = AdamW(schedule=Constant(peak_lr=1e-2, warmup=Steps(count=0)))
+
+
+def one_step(p, state: TrainState, arrays, microbatches: int = 1) -> tuple[TrainState, dict]:
+    with jax.set_mesh(p.mesh):
+        state, metrics = p.compile_train_step()(state, toys.place(p, arrays, microbatches), np.int32(microbatches))
+    return state, jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2)], ids=str)
+def test_non_finite_gradients_change_only_the_counters(mesh: tuple[int, int, int]):
+    p = toys.program(toys.GPT, mesh, optimizer=OPTIMIZER, zero=2 if mesh[1] > 1 else 0)
+    arrays = toys.batch()
+    params = toys.weights_of(toys.GPT)
+    params["ends"]["norm"]["gain_D"][3] = np.inf
+    before = jax.device_get(toys.state_of(p, params))
+    after, metrics = one_step(p, toys.state_of(p, params), arrays)
+    assert not np.isfinite(metrics["train/grad_norm"])
+    for (name, x), y in zip(flatten(before.params).items(), flatten(after.params).values(), strict=True):
+        np.testing.assert_array_equal(x, np.asarray(y), err_msg=name)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y)), before.moments, after.moments)
+    assert (int(after.step), int(after.skipped), int(after.samples)) == (1, 1, 32)
+    params["ends"]["norm"]["gain_D"][3] = 1.0
+    after, _ = one_step(p, toys.state_of(p, params), arrays)
+    assert int(after.skipped) == 0
+
+
+def test_a_step_at_ten_to_the_twelve_tokens():
+    p = toys.program(toys.dropped(toys.GPT, 0.1), optimizer=OPTIMIZER)
+    state = toys.state_of(p, toys.weights_of(toys.GPT))
+    tokens, samples = 10**12 + 2**32 - 100, 2**32 - 7
+    state = dataclasses.replace(state, tokens=Counter.of(tokens), samples=Counter.of(samples))
+    state, metrics = one_step(p, state, toys.batch(), 4)
+    assert int(state.tokens) == tokens + 32 * 16
+    assert int(state.samples) == samples + 32
+    assert np.isfinite(metrics["train/loss"])
+
+
+def test_fewer_microbatches_than_the_batch_holds_without_compiling_again():
+    """A batch-size ramp: the count is traced, rows beyond it are not read."""
+    p = toys.program(toys.GPT, (1, 2, 1))
+    params, arrays = toys.weights_of(toys.GPT), toys.batch()
+    step = jax.jit(p.gradients)
+    with jax.set_mesh(p.mesh):
+        state, placed = toys.state_of(p, params), toys.place(p, arrays, 4)
+        part, sums = step(state, placed, np.int32(2))
+        step(state, placed, np.int32(4))
+    assert step._cache_size() == 1
+    half = {name: x[:16] for name, x in arrays.items()}
+    wanted, wanted_sums = toys.gradients(toys.program(toys.GPT), params, half)
+    np.testing.assert_allclose(sums, wanted_sums, rtol=1e-5)
+    toys.check_close(jax.tree.map(lambda g: np.asarray(g) / float(sums[2]), part), wanted, 1e-5)
+
+
+def test_clipping_is_by_the_global_norm():
+    params, arrays = toys.weights_of(toys.GPT), toys.batch()
+    found, sums = toys.gradients(toys.program(toys.GPT), params, arrays)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(found).values()))
+    rate, limit = 0.1, 0.5 * float(norm)
+    optimizer = Sgd(schedule=Constant(peak_lr=rate, warmup=Steps(count=0)), clip_norm=limit)
+    p = toys.program(toys.GPT, (1, 2, 4), zero=1, optimizer=optimizer)
+    state, metrics = one_step(p, toys.state_of(p, params), arrays)
+    np.testing.assert_allclose(metrics["train/grad_norm"], norm, rtol=1e-5)
+    moved = jax.tree.map(lambda old, new: (old - np.asarray(new)) / rate, params, state.params)
+    length = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(moved).values()))
+    np.testing.assert_allclose(length, limit, rtol=1e-4)
+
+
+def test_bfloat16_keeps_float32_masters_and_sums():
+    p = toys.program(toys.GPT, (1, 4, 2), zero=2, compute=jnp.bfloat16, optimizer=OPTIMIZER)
+    params, arrays = toys.weights_of(toys.GPT), toys.batch()
+    found, _ = toys.gradients(p, params, arrays, 4)
+    wanted, _ = toys.gradients(toys.program(toys.GPT), params, arrays)
+    assert {str(g.dtype) for g in flatten(found).values()} == {"float32"}
+    toys.check_close(found, wanted, 0.05)
+    state, _ = one_step(p, toys.state_of(p, params), arrays, 4)
+    assert {str(x.dtype) for x in flatten(state.params).values()} == {"float32"}
+
+
+def test_gathered_weights_are_not_saved_for_the_backward_pass():
+    """Without remat, stage 3's temporaries must not grow by a layer's gathered weights per layer."""
+    from mtx.layers import Gelu
+
+    def temporaries(layers: int, zero: int) -> int:
+        model = dataclasses.replace(toys.GPT, layers=layers, width=256, mlp=Gelu(width=1024))
+        p = toys.program(model, (1, 8, 1), zero=zero, optimizer=OPTIMIZER)
+        return p.lower_train_step(1, 8, 16).compile().memory_analysis().temp_size_in_bytes
+
+    layer = 4 * 12 * 256 * 256
+    per_layer = (temporaries(10, 3) - temporaries(4, 3)) / 6
+    assert per_layer < 0.7 * layer, "a gathered layer is 1.0; shards of weights, moments and gradients are below 0.6"
+    assert (temporaries(10, 1) - temporaries(4, 1)) / 6 > layer, "the control: stage 1 holds whole weights"
