@@ -31,7 +31,7 @@ FOR_EVERYBODY = {"pallas_kernels.masks", "pallas_kernels.threefry"}
 MAY_IMPORT_DATA = {"config", "train", *VERBS}
 
 # Test files that are about no single module.
-CROSS_CUTTING = {"house", "data", "equality", "census", "parity", "processes", "quickstart"}
+CROSS_CUTTING = {"house", "data", "equality", "census", "parity", "processes"}
 
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 LAZY = ("tensorflow", "torch", "seqio", "grain", "orbax", "tensorboardX", "tokenizers", "rich")

@@ -71,7 +71,7 @@ def _named_folder(config: Config, path: Path) -> Config:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"there is no config file {path}{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -43,7 +43,7 @@ def write_run_folder(loaded: Loaded, workdir: Path, argv: list[str]) -> None:
         "run.json": json.dumps(run, indent=2) + "\n",
     }
     for name, content in files.items():
-        (workdir / name).write_text(content)
+        (workdir / name).write_text(content, encoding="utf-8")
     uncommitted = workdir / "uncommitted.diff"
     if diff:
         uncommitted.write_bytes(diff)

@@ -1,0 +1,97 @@
+"""The layout: specs from letters, the ZeRO dimension, refusals, the table."""
+
+import dataclasses
+
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import toys
+from mtx.errors import ConfigError
+from mtx.layout import ZERO, BoundLayout, Layout, Row, Weight, megatron
+from mtx.mesh import AXES
+from mtx.model import Model, flatten
+
+
+def bound(layout: Layout = Layout(), **sizes: int) -> BoundLayout:
+    return BoundLayout.of(layout, {axis: sizes.get(axis, 1) for axis in AXES})
+
+
+def test_megatron_splits_columns_then_rows():
+    layout = bound(model=4, data=2)
+    assert layout.spec(Weight("LDKGH", (3, 32, 8, 3, 4)), "weights") == P(None, None, "model", None, None)
+    assert layout.spec(Weight("FD", (64, 32)), "weights") == P("model", None)
+    assert layout.spec(Weight("VD", (256, 32)), "weights") == P("model", None)
+    assert layout.activation("BTD") == P("data", None, None)
+    assert layout.activation("BTF") == P("data", None, "model")
+
+
+def test_axes_of_size_one_never_appear():
+    layout = bound(Layout(zero=3, sequence_parallel=True))
+    assert layout.spec(Weight("FD", (64, 32)), "weights") == P(None, None)
+    assert layout.activation("BTD") == P(None, None, None)
+    assert not layout.sequence_parallel
+
+
+def test_sequence_parallel_splits_time_of_the_residual_stream_alone():
+    layout = bound(Layout(sequence_parallel=True), model=4, replica=2, data=2)
+    assert layout.activation("BTD") == P(("replica", "data"), "model", None)
+    assert layout.activation("BTNH") == P(("replica", "data"), None, "model", None)
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape", "model", "spec"),
+    [
+        ("DF", (32, 64), 1, P("data", None)),  # F is larger but minor-most
+        ("FD", (64, 32), 2, P(("model", "data"), None)),
+        ("LFD", (8, 64, 32), 1, P(None, "data", None)),  # never the layer dimension
+        ("NHD", (2, 16, 32), 1, P(None, "data", None)),
+        ("NHD", (2, 3, 32), 1, P(None, None, "data")),  # nothing else divides
+        ("DF", (3, 5), 1, P(None, None)),  # whole, and the table says so
+    ],
+)
+def test_zero_dimension(dims: str, shape: tuple[int, ...], model: int, spec: P):
+    assert bound(Layout(zero=1), data=8, model=model).spec(Weight(dims, shape), "weights") == spec
+
+
+def test_gains_and_biases_stay_whole():
+    assert bound(Layout(zero=3), data=2).spec(Weight("LD", (2, 32), is_matrix=False), "weights") == P(None, None)
+
+
+@pytest.mark.parametrize(("zero", "columns"), [(0, ""), (1, "wo"), (2, "wgo"), (3, "wgo")])
+def test_stages_are_columns_of_one_row(zero: int, columns: str):
+    (row,) = [row for row in megatron(zero, False) if row.dimension == ZERO]
+    found = {name[0] for name in ("weights", "gradients", "optimizer") if getattr(row, name)}
+    assert found == set(columns)
+    assert not row.activations
+
+
+def test_indivisible_dimensions_name_weight_dimension_axis_and_legal_sizes():
+    model = dataclasses.replace(toys.LLAMA, attention=dataclasses.replace(toys.LLAMA.attention, kv_heads=2))
+    with pytest.raises(ConfigError, match=r"kv_heads=2 of weight layers/attention/qkv_DKGH .*mesh.model=8.*: 1, 2\."):
+        bound(model=8).check(flatten(Model(model).weights))
+
+
+def test_two_dimensions_on_one_axis_are_refused():
+    rows = (*megatron(0, False), Row(dimension="embed", weights=("model",), gradients=("model",), optimizer=("model",)))
+    with pytest.raises(ConfigError, match=r"both (ff|embed|vocab|kv_heads|heads) and .* to mesh axis model"):
+        bound(Layout(rows=rows), model=2).check(flatten(Model(toys.GPT).weights))
+
+
+def test_a_replaced_table_is_used():
+    rows = tuple(row for row in megatron(0, False) if row.dimension != "vocab")
+    layout = bound(Layout(rows=rows), model=2)
+    assert layout.spec(Weight("VD", (256, 32)), "weights") == P(None, None)
+    assert layout.spec(Weight("FD", (64, 32)), "weights") == P("model", None)
+
+
+def test_table_shows_every_weight_and_the_largest_whole_one():
+    weights = flatten(Model(toys.GPT).weights)
+    layout = bound(Layout(zero=1), data=2, model=2)
+    whole, short = layout.show(weights, 4, True), layout.show(weights, 4, False)
+    assert all(name in whole for name in weights)
+    assert "ff:model*data" in whole
+    assert "every device holds whole: " in whole
+    assert "smaller ones: -v shows them" in short
+    megabytes = sum(layout.bytes_per_device(w, "weights", 4) for w in weights.values()) / 2**20
+    column = [float(line.split()[-1]) for line in whole.splitlines()[1:] if line.split()[0] in weights]
+    assert sum(column) == pytest.approx(megabytes, abs=0.001 * len(weights))

@@ -1,0 +1,61 @@
+"""Meshes: sizes, idle devices, legal alternatives."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from mtx import mesh
+from mtx.errors import DeviceError
+from mtx.mesh import AXES, MeshConfig
+
+
+def test_minus_one_takes_the_rest():
+    assert mesh.sizes(MeshConfig(data=-1, model=2), 8) == dict(zip(AXES, (1, 1, 4, 1, 1, 2), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=3), r"mesh.data=3 uses 3 of 8 devices; try mesh.replica=1 mesh.data=8 mesh.model="),
+        (MeshConfig(), r"mesh.data=1 uses 1 of 8 devices"),
+        (MeshConfig(data=-1, model=3), r"mesh.data=-1 mesh.model=3 does not divide 8 devices; try "),
+        (MeshConfig(data=16), r"uses 16 of 8 devices"),
+    ],
+    ids=str,
+)
+def test_idle_or_missing_devices_are_refused_with_what_is_legal(config: MeshConfig, message: str):
+    with pytest.raises(DeviceError, match=message):
+        mesh.sizes(config, 8)
+
+
+def test_what_is_proposed_is_legal():
+    for words in mesh.legal_meshes(12, {"replica": 1, "data": 5, "model": 2}):
+        sizes = {word.split("=")[0].removeprefix("mesh."): int(word.split("=")[1]) for word in words.split()}
+        assert mesh.sizes(MeshConfig(**sizes), 12)
+
+
+def test_a_mesh_has_every_axis_and_explicit_types():
+    made = mesh.make(MeshConfig(replica=2, data=2, model=2), jax.devices())
+    assert tuple(made.axis_names) == AXES
+    assert set(made.axis_types) == {AxisType.Explicit}
+
+
+class Chip:
+    """As much of a TPU device as the placement reads."""
+
+    platform, device_kind, core_on_chip = "tpu", "fake", 0
+
+    def __init__(self, i: int):
+        self.id, self.slice_index, self.process_index = i, i // 4, i // 4
+        self.coords = (i % 2, i // 2 % 2, 0)
+
+    def __repr__(self) -> str:
+        return f"chip {self.id}"
+
+
+def test_slices_are_crossed_by_outer_axes_first():
+    chips = [Chip(i) for i in range(8)]
+    grid = mesh._hybrid((1, 2, 1, 1, 1, 4), chips, 2).reshape(2, 4)
+    assert [{chip.slice_index for chip in row} for row in grid] == [{0}, {1}]
+    with pytest.raises(DeviceError, match=r"2 slices .* try mesh.replica=2"):
+        mesh._hybrid((1, 1, 1, 1, 1, 8), chips, 2)

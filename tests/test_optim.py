@@ -1,0 +1,81 @@
+"""Schedules against their definitions, counters, decay masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import toys
+from mtx.optim import (
+    AdamW,
+    Constant,
+    Cosine,
+    Counter,
+    Fraction,
+    Linear,
+    Lion,
+    Progress,
+    Samples,
+    Schedule,
+    Sgd,
+    Steps,
+    Tokens,
+)
+
+
+def at(schedule: Schedule, step: int, of: int = 1000, batch: int = 4, time: int = 8) -> float:
+    numbers = (step, step * batch, step * batch * time, step / of)
+    return float(schedule.rate(Progress(*(jnp.float32(x) for x in numbers))))
+
+
+@pytest.mark.parametrize(
+    "warmup", [Steps(count=100), Samples(count=400), Tokens(count=3200), Fraction(share=0.1)], ids=str
+)
+def test_warmup_in_every_unit(warmup):
+    schedule = Constant(peak_lr=2.0, warmup=warmup)
+    for step in (1, 50, 100, 500):
+        assert at(schedule, step) == pytest.approx(2.0 * min(1, step / 100), rel=1e-6)
+
+
+def test_cosine_and_linear():
+    kw = {"peak_lr": 1.0, "warmup": Fraction(share=0.1), "final_share": 0.2}
+    for step in (100, 325, 550, 1000, 2000):
+        fallen = min(1.0, (step / 1000 - 0.1) / 0.9)
+        assert at(Linear(**kw), step) == pytest.approx(1 - 0.8 * fallen, rel=1e-5)
+        assert at(Cosine(**kw), step) == pytest.approx(0.2 + 0.8 * (1 + np.cos(np.pi * fallen)) / 2, rel=1e-5)
+
+
+def test_decay_may_end_before_the_run():
+    schedule = Linear(peak_lr=1.0, warmup=Steps(count=10), end=Steps(count=110), final_share=0.0)
+    assert at(schedule, 60) == pytest.approx(0.5)
+    assert at(schedule, 111) == 0.0
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**32 - 1, 2**32, 10**12, 2**63 + 5])
+def test_counters_carry(value: int):
+    counter = Counter.of(value)
+    assert int(counter) == value
+    more = jax.jit(Counter.plus)(counter, jnp.uint32(2**32 - 1))
+    assert int(more) == value + 2**32 - 1
+    assert float(more.as_float()) == pytest.approx(value + 2**32 - 1, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), Sgd(momentum=0.9, weight_decay=0.1)], ids=lambda o: type(o).__name__)
+def test_decay_is_for_matrices_alone(optimizer):
+    p = toys.program(toys.GPT, optimizer=optimizer)
+    params = toys.weights_of(toys.GPT)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = p.transformation.update(zeros, p.transformation.init(params), params)
+    for (name, w), u, x in zip(
+        toys.flatten(p.weights).items(), toys.flatten(updates).values(), toys.flatten(params).values(), strict=True
+    ):
+        np.testing.assert_allclose(u, 0.1 * x if w.is_matrix else 0 * x, rtol=1e-6, err_msg=name)
+
+
+def test_moments_are_split_like_their_weights():
+    p = toys.program(toys.GPT, (1, 4, 2), zero=1, optimizer=AdamW())
+    state = p.init(0)
+    moments = toys.flatten(state.moments[0].mu)
+    for name, x in toys.flatten(state.params).items():
+        assert moments[name].sharding == x.sharding, name
+    assert str(jax.typeof(moments["layers/mlp/out_FD"])) == "float32[2,64@(model,data),32]"
