@@ -1,7 +1,9 @@
-"""A GPT over bytes that learns to write like Python's documentation in a few minutes on two CPU cores.
+"""A Llama-shaped model over bytes that learns to write like Python's documentation in three minutes on two CPU cores.
 
 Nothing is published with these sizes; they are chosen so that, by overrides alone, it trains on every
-replica x data x model mesh of eight devices: 8 heads, 16 sequences, a vocabulary of 257 padded to 384.
+replica x data x model mesh of eight devices: 8 heads, 8 sequences, a vocabulary of 257 padded to 384.
+Small batches win at this length: at equal tokens, 8 sequences of 128 beat 16 (2.33 bits per byte), and
+sequences of 256 cost twice the time per token in attention.
 
     python main.py --config configs/quickstart.py
     python main.py --config configs/quickstart.py --devices 8 mesh.data=4 mesh.model=2
@@ -10,7 +12,8 @@ replica x data x model mesh of eight devices: 8 heads, 16 sequences, a vocabular
 from data import PythonDocs
 from mtx.attention import AttentionConfig
 from mtx.config import BatchConfig, Config
-from mtx.layers import Gelu, Learned
+from mtx.layers import RMSNorm, Rotary, SwiGLU
+from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
 from mtx.model import Transformer
 from mtx.optim import AdamW, Cosine, Fraction
@@ -23,12 +26,17 @@ def get_config() -> Config:
             layers=4,
             width=128,
             attention=AttentionConfig(heads=8),
-            mlp=Gelu(width=512),
-            positions=Learned(length=256),
+            mlp=SwiGLU(width=352),
+            norm=RMSNorm(),
+            positions=Rotary(),
+            bias=False,
         ),
         data=PythonDocs(),
-        batch=BatchConfig(global_size=16, sequence_length=256),
-        optimizer=AdamW(schedule=Cosine(peak_lr=3e-3, warmup=Fraction(share=0.1))),
+        batch=BatchConfig(global_size=8, sequence_length=128),
+        optimizer=AdamW(b2=0.98, schedule=Cosine(peak_lr=4e-3, warmup=Fraction(share=0.05), final_share=0.05)),
+        loss=CrossEntropy(chunk_tokens=512),
         mesh=MeshConfig(data=-1),
-        steps=300,
+        steps=1100,
+        log_every=100,
+        eval_every=550,
     )

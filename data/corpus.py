@@ -215,6 +215,4 @@ def _stream(texts: Iterable[str]) -> np.ndarray:
 
 def _check_sequence_length(sequence_length: int) -> None:
     if sequence_length < 1:
-        raise ValueError(
-            f"batch.sequence_length={sequence_length} must be >= 1; try batch.sequence_length=256."
-        )
+        raise ValueError(f"batch.sequence_length={sequence_length} must be >= 1; try batch.sequence_length=256.")

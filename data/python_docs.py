@@ -90,9 +90,7 @@ def topic_documents(stdlib: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     statements = ast.parse(path.read_bytes(), filename=str(path)).body
-    values = [
-        node.value for node in statements if isinstance(node, ast.Assign | ast.AnnAssign) and node.value
-    ]
+    values = [node.value for node in statements if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
     topics = ast.literal_eval(values[0])
     return {f"topic {name}": f"topic {name}\n\n{topics[name].strip()}\n" for name in sorted(topics)}
 

@@ -42,8 +42,7 @@ def _refuse_old_flax() -> None:
     numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
     if numbers < FLAX_MINIMUM:
         raise ImportError(
-            f"flax {found} silently drops sharding metadata; mtx needs flax >= 0.12.8: "
-            "pip install -U 'flax>=0.12.8'"
+            f"flax {found} silently drops sharding metadata; mtx needs flax >= 0.12.8: pip install -U 'flax>=0.12.8'"
         )
 
 

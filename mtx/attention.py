@@ -124,7 +124,7 @@ def choose(
 
     Raises: ConfigError if a demanded backend cannot do exactly what is asked, naming why and one that can.
     """
-    reasons = {
+    reasons: dict[BackendName, str | None] = {
         "cudnn": _cudnn_cannot(platform, dtype, head_size, mask, dropout),
         "splash": _splash_cannot(platform, head_size, time, mask, dropout, manual),
         "plain": None,
@@ -179,4 +179,4 @@ def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask)
     repeat = N // k_BSKH.shape[2]
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
     out_BNTH = jax.vmap(kernel)(q, jnp.repeat(k, repeat, axis=1), jnp.repeat(v, repeat, axis=1))
-    return jnp.swapaxes(out_BNTH, 1, 2)
+    return jnp.swapaxes(out_BNTH, 1, 2)  # pyrefly: ignore[bad-argument-type]: a pair only with save_residuals

@@ -245,11 +245,11 @@ class BoundLayout:
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         if len(shown) < len(rows):
             lines.append(f"... {len(rows) - len(shown)} smaller ones: -v shows them")
-        if math.prod(size for _, size in self.sizes) > 1:
-            if replicated := [item for item in rows if self.shards(item[1], "weights") == 1]:
-                name, weight = replicated[0]
-                mib = self.bytes_per_device(weight, "weights", itemsize) / 2**20
-                lines.append(f"largest tensor that every device holds whole: {name}, {mib:.3f} MiB")
+        whole_ones = [item for item in rows if self.shards(item[1], "weights") == 1]
+        if whole_ones and math.prod(size for _, size in self.sizes) > 1:
+            name, weight = whole_ones[0]
+            mib = self.bytes_per_device(weight, "weights", itemsize) / 2**20
+            lines.append(f"largest tensor that every device holds whole: {name}, {mib:.3f} MiB")
         return "\n".join(lines)
 
 
@@ -259,4 +259,3 @@ def _spec(axes: list[Axes]) -> PartitionSpec:
 
 def _as_tuple(entry: str | Axes) -> Axes:
     return (entry,) if isinstance(entry, str) else tuple(entry)
-

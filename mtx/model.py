@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -224,7 +224,7 @@ class Model:
         return Mask(causal=self.config.causal, documents=documents)
 
 
-def flatten(tree: Params, prefix: str = "") -> dict[str, object]:
+def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
     """A nested dict as `{"layers/mlp/in_DF": leaf}`."""
     flat = {}
     for name, value in tree.items():

@@ -102,7 +102,7 @@ class Doors(abc.ABC):
         """From partial sums over `model` to the residual stream."""
 
     @abc.abstractmethod
-    def gather_for_use(self, w: nnx.Param) -> jax.Array:
+    def gather_for_use(self, w: nnx.Variable) -> jax.Array:
         """The stored weight in the compute dtype, whole but for `model`; its gradient is scattered."""
 
     @abc.abstractmethod
@@ -177,7 +177,7 @@ class ManualDoors(Doors):
             return y_BTD
         return _scatter_time(y_BTD) if self.layout.sequence_parallel else _sum(y_BTD)
 
-    def gather_for_use(self, w: nnx.Param) -> jax.Array:
+    def gather_for_use(self, w: nnx.Variable) -> jax.Array:
         weight, value = w.weight, w[...]
         if not weight.is_matrix:
             return value
@@ -278,7 +278,7 @@ class CompiledDoors(Doors):
     def leave(self, y_BTD: jax.Array) -> jax.Array:
         return y_BTD
 
-    def gather_for_use(self, w: nnx.Param) -> jax.Array:
+    def gather_for_use(self, w: nnx.Variable) -> jax.Array:
         return self.gather(w.weight, w[...])
 
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:

@@ -30,7 +30,8 @@ class TrainState:
 
     step: jax.Array
     params: Params
-    moments: optax.OptState
+    moments: Any
+    """optax's state, a tree of arrays."""
     samples: Counter
     tokens: Counter
     skipped: jax.Array
@@ -79,7 +80,11 @@ class Program:
         shape = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.uint32))
         optimizer = self.shardings("optimizer")
         moments = optax.tree_map_params(
-            self.transformation, lambda _, s: s, shape.moments, optimizer, transform_non_params=lambda _: whole
+            self.transformation,  # pyrefly: ignore[bad-argument-type]: optax accepts one, its annotation does not
+            lambda _, s: s,
+            shape.moments,
+            optimizer,
+            transform_non_params=lambda _: whole,
         )
         rest = jax.tree.map(lambda _: whole, shape)
         return dataclasses.replace(rest, params=self.shardings("weights"), moments=moments)
@@ -112,14 +117,18 @@ class Program:
 
     def abstract_state(self) -> TrainState:
         """The state's shapes and shardings, for compiling without devices."""
+
+        def at(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
         shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.uint32))
-        return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, self.state_shardings)
+        return jax.tree.map(at, shapes, self.state_shardings)
 
     def abstract_batch(self, microbatches: int, rows: int, time: int) -> Batch:
         """A Batch_MBT's shapes and shardings; `rows` is B, over all batch shards."""
         at = self.sharding(self.batch_spec)
-        dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
-        return jax.tree.map(lambda d: jax.ShapeDtypeStruct((microbatches, rows, time), d, sharding=at), dtypes)
+        dtypes: list[Any] = [jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32]
+        return jax.tree.map(lambda d: jax.ShapeDtypeStruct((microbatches, rows, time), d, sharding=at), Batch(*dtypes))
 
     def lower_train_step(self, microbatches: int, rows: int, time: int) -> jax.stages.Lowered:
         """The real train step, lowered for the mesh's devices, present or not."""
@@ -141,7 +150,8 @@ class Program:
         doors = self.doors()
         M, B, _ = batch.tokens.shape
         row = jnp.arange(M * B, dtype=jnp.uint32).reshape(M, B)
-        sample_MB = jax.tree.map(lambda x: self._place(x, P(None, *self.layout.activation("B"))), state.samples.plus(row))
+        samples = P(None, *self.layout.activation("B"))
+        sample_MB = jax.tree.map(lambda x: self._place(x, samples), state.samples.plus(row))
 
         def run(params: Params, batch: Batch, sample_MB: Counter, seed: jax.Array, count: jax.Array):
             used = self._use(doors, params)
@@ -149,7 +159,6 @@ class Program:
 
         if self._mapped:
             stored = map_weights(lambda w: self.layout.spec(w, "weights"), self.weights)
-            samples = P(None, *self.layout.activation("B"))
             run = jax.shard_map(
                 run,
                 mesh=self.mesh,
@@ -189,7 +198,8 @@ class Program:
                 return total, jnp.stack([total, nll, jnp.sum(part.weights)])
 
             gradients, sums = jax.grad(objective, has_aux=True)(params)
-            return map_weights(lambda w, g: doors.scatter_microbatch(w, g).astype(jnp.float32), self.weights, gradients), sums
+            gradients = map_weights(doors.scatter_microbatch, self.weights, gradients)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
         if batch.tokens.shape[0] == 1:
             return microbatch(0)
@@ -215,7 +225,7 @@ class Program:
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective)
 
-        M, B, T = batch.tokens.shape
+        _, B, T = batch.tokens.shape
         steps, sequences = state.step + 1, count.astype(jnp.uint32) * np.uint32(B)
         samples, tokens = state.samples.plus(sequences), state.tokens.plus(sequences * np.uint32(T))
         progress = Progress(

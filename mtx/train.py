@@ -116,7 +116,8 @@ def loop(config: Config, program: Program, corpus, writer: reports.Writer) -> Tr
 
     def batch_at(step: int) -> Batch:
         arrays = corpus.train(config.seed, step * size, size, time_T)
-        return place(program, {name: x.reshape(count, -1, *x.shape[1:]) for name, x in arrays.items()}, program.batch_spec)
+        arrays = {name: x.reshape(count, -1, time_T) for name, x in arrays.items()}
+        return place(program, arrays, program.batch_spec)
 
     def arrived(step: int, on_device: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}

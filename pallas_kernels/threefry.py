@@ -8,12 +8,13 @@ import numpy as np
 from jax import lax
 
 Words: TypeAlias = tuple[jax.Array, jax.Array]
+Word: TypeAlias = jax.Array | np.uint32
 
 _ROTATIONS = np.array([[13, 15, 26, 6], [17, 29, 16, 24]], np.uint32)
 _PARITY = np.uint32(0x1BD11BDA)
 
 
-def threefry2x32(key: Words, counter: Words) -> Words:
+def threefry2x32(key: tuple[Word, Word], counter: tuple[Word, Word]) -> Words:
     """Twenty rounds of Threefry on uint32 words that broadcast against each other.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the same function as

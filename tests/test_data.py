@@ -33,9 +33,7 @@ def numbered_corpus(*, tokens: int, isolate: bool, ends: tuple[int, ...] = ()) -
     """A corpus in which token i of the training stream is 1000 + i, except for ends of documents."""
     train = np.arange(1000, 1000 + tokens).astype(np.uint16)
     train[[*ends, -1]] = E
-    return Corpus(
-        source="numbers", isolate_documents=isolate, train_tokens_N=train, validation_tokens_N=stream("xyz")
-    )
+    return Corpus(source="numbers", isolate_documents=isolate, train_tokens_N=train, validation_tokens_N=stream("xyz"))
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -140,9 +138,7 @@ print(hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdig
 
 def test_split_is_disjoint_and_stable() -> None:
     def split(documents: dict[str, str]) -> tuple[set[str], set[str]]:
-        corpus = Corpus.from_documents(
-            documents, source="test", validation_fraction=0.2, isolate_documents=True
-        )
+        corpus = Corpus.from_documents(documents, source="test", validation_fraction=0.2, isolate_documents=True)
         texts = (
             corpus.decode(tokens).rstrip("\n").split("\n")
             for tokens in (corpus.train_tokens_N, corpus.validation_tokens_N)
@@ -166,9 +162,7 @@ def test_an_empty_split_is_refused() -> None:
     documents = {f"d{i}": "text" for i in range(20)}
     for fraction, change in (1e-9, "larger"), (1 - 1e-9, "smaller"):
         with pytest.raises(ValueError, match=f"empty; try a {change} one"):
-            Corpus.from_documents(
-                documents, source="test", validation_fraction=fraction, isolate_documents=True
-            )
+            Corpus.from_documents(documents, source="test", validation_fraction=fraction, isolate_documents=True)
 
 
 # Packing

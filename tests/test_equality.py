@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import toys
+
 from mtx import spmd
 from mtx.model import flatten
 from mtx.optim import AdamW, Constant, Sgd, Steps

@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
+import toys
 from jax.sharding import PartitionSpec as P
 
-import toys
 from mtx.errors import ConfigError
 from mtx.layout import ZERO, BoundLayout, Layout, Row, Weight, megatron
 from mtx.mesh import AXES

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import toys
+
 from mtx.losses import CrossEntropy, join_time, split_time
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-
 import toys
+
 from mtx.model import Batch, Model, flatten
 
 

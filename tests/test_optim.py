@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import toys
+
 from mtx.optim import (
     AdamW,
     Constant,
@@ -60,7 +60,9 @@ def test_counters_carry(value: int):
     assert float(more.as_float()) == pytest.approx(value + 2**32 - 1, rel=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), Sgd(momentum=0.9, weight_decay=0.1)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(), Lion(), Sgd(momentum=0.9, weight_decay=0.1)], ids=lambda o: type(o).__name__
+)
 def test_decay_is_for_matrices_alone(optimizer):
     p = toys.program(toys.GPT, optimizer=optimizer)
     params = toys.weights_of(toys.GPT)

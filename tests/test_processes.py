@@ -35,9 +35,9 @@ sys.exit(main.main(["main.py", *argv]))
 """
 
 WORDS = [
-    *("--config", "configs/quickstart.py", "mesh.data=4", "mesh.model=2", "layout.zero=2"),
-    *("layout.sequence_parallel=true", "steps=3", "batch.micro_size=2", "model.layers=2", "model.width=32"),
-    *("model.mlp.width=64", "model.dropout=0.1", "sample_tokens=16", "batch.sequence_length=32"),
+    *("--config", "configs/quickstart.py", "mesh.data=4", "mesh.model=2", "layout.zero=2", "steps=3"),
+    *("layout.sequence_parallel=true", "batch.global_size=16", "batch.micro_size=2", "batch.sequence_length=32"),
+    *("model.layers=2", "model.width=32", "model.mlp.width=64", "model.dropout=0.1", "sample_tokens=16"),
 ]
 
 

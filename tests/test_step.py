@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import toys
+
 from mtx.model import flatten
 from mtx.optim import AdamW, Constant, Counter, Sgd, Steps
 from mtx.step import TrainState
@@ -68,7 +68,7 @@ def test_fewer_microbatches_than_the_batch_holds_without_compiling_again():
 
 def test_clipping_is_by_the_global_norm():
     params, arrays = toys.weights_of(toys.GPT), toys.batch()
-    found, sums = toys.gradients(toys.program(toys.GPT), params, arrays)
+    found, _ = toys.gradients(toys.program(toys.GPT), params, arrays)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(found).values()))
     rate, limit = 0.1, 0.5 * float(norm)
     optimizer = Sgd(schedule=Constant(peak_lr=rate, warmup=Steps(count=0)), clip_norm=limit)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mtx import mesh as meshes
 from mtx.attention import AttentionConfig
-from mtx.layers import Gelu, Llama3Scaling, Learned, RMSNorm, Rotary, SwiGLU
+from mtx.layers import Gelu, Learned, Llama3Scaling, RMSNorm, Rotary, SwiGLU
 from mtx.layout import BoundLayout, Layout
 from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
@@ -135,7 +135,9 @@ def weights_of(model: Transformer) -> dict:
     return jax.tree.map(lambda x: x + 0.02 * random.standard_normal(x.shape).astype(np.float32), params)
 
 
-def gradients(p: Program, params: dict, arrays: Mapping[str, np.ndarray], microbatches: int = 1) -> tuple[dict, np.ndarray]:
+def gradients(
+    p: Program, params: dict, arrays: Mapping[str, np.ndarray], microbatches: int = 1
+) -> tuple[dict, np.ndarray]:
     """(gradients of the mean loss, sums), on the host; every copy of a replicated shard must agree."""
     state, placed = state_of(p, params), place(p, arrays, microbatches)
     with jax.set_mesh(p.mesh):
