@@ -1,6 +1,7 @@
 """A corpus: documents as bytes, split in training and validation, and batches by sample number."""
 
 import functools
+import gzip
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -92,6 +93,11 @@ class Corpus:
         """The validation documents end to end; `gzip -9` of it is a yardstick for bits per byte."""
         tokens_N = self.validation_tokens_N
         return tokens_N[tokens_N != END_OF_DOCUMENT].astype(np.uint8).tobytes()
+
+    @functools.cached_property
+    def gzip_bits_per_byte(self) -> float:
+        """What `gzip -9` needs for the validation text: a model that does worse has learned little."""
+        return 8 * len(gzip.compress(self.validation_text, 9, mtime=0)) / self.validation_bytes
 
     @functools.cached_property
     def digest(self) -> str:

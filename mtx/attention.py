@@ -96,7 +96,7 @@ def attention(
     rate = dropout if context.key_B is not None else 0.0
     H = q_BTNH.shape[-1]
     manual = isinstance(context.doors, ManualDoors)
-    chosen = choose(backend, jax.default_backend(), str(q_BTNH.dtype), H, q_BTNH.shape[1], context.mask, rate, manual)
+    chosen = choose(backend, context.doors.platform, str(q_BTNH.dtype), H, q_BTNH.shape[1], context.mask, rate, manual)
     if chosen == "cudnn":
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, is_causal=context.mask.causal, implementation="cudnn"
@@ -125,7 +125,7 @@ def choose(
     Raises: ConfigError if a demanded backend cannot do exactly what is asked, naming why and one that can.
     """
     reasons: dict[BackendName, str | None] = {
-        "cudnn": _cudnn_cannot(platform, dtype, head_size, mask, dropout),
+        "cudnn": _cudnn_cannot(platform, dtype, head_size, mask, dropout, manual),
         "splash": _splash_cannot(platform, head_size, time, mask, dropout, manual),
         "plain": None,
     }
@@ -136,16 +136,26 @@ def choose(
                 "or auto, which takes the first that can."
             )
         return backend
-    able = [name for name, reason in reasons.items() if reason is None]
+    able: list[BackendName] = [name for name, reason in reasons.items() if reason is None]
     why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items() if reason)
-    level = logging.WARNING if able[0] == "plain" and platform != "cpu" else logging.INFO
-    log.log(level, "attention: %s%s", able[0] + (" XLA" if able[0] == "plain" else ""), f" ({why})" if why else "")
+    loud = able[0] == "plain" and platform != "cpu"
+    _say_once(
+        logging.WARNING if loud else logging.INFO,
+        f"attention: {'plain XLA' if able[0] == 'plain' else able[0]}{f' ({why})' if why else ''}",
+    )
     return able[0]
 
 
-def _cudnn_cannot(platform: str, dtype: str, head_size: int, mask: Mask, dropout: float) -> str | None:
+@lru_cache
+def _say_once(level: int, message: str) -> None:
+    log.log(level, message)
+
+
+def _cudnn_cannot(platform: str, dtype: str, head_size: int, mask: Mask, dropout: float, manual: bool) -> str | None:
     if platform not in ("gpu", "cuda"):
         return "it needs an NVIDIA GPU"
+    if not manual:
+        return "it runs inside partition=Manual"
     if dtype not in ("bfloat16", "float16"):
         return f"it needs precision.compute=bfloat16, not {dtype}"
     if head_size % 8 or head_size > 128:

@@ -11,12 +11,21 @@ from mtx.step import Program, TrainState
 
 
 def sample(
-    program: Program, state: TrainState, prompt: list[int], time: int, *, temperature: float = 0.8, seed: int = 0
+    program: Program,
+    state: TrainState,
+    prompt: list[int],
+    length: int,
+    *,
+    time: int,
+    temperature: float = 0.8,
+    seed: int = 0,
 ) -> np.ndarray:
-    """Tokens_T of one row that starts with `prompt` and fills `time`.
+    """`length` tokens that begin with `prompt`, made in rows of `time` tokens (at least `length`).
 
     Equal on every mesh up to rounding: each token's key depends on (seed, position) alone.
     """
+    assert program.model.config.causal
+    assert 0 < len(prompt) <= length <= time
     rows = program.layout.size(*program.layout.batch_axes)
     start = np.zeros((rows, time), np.int32)
     start[:, : len(prompt)] = prompt
@@ -41,8 +50,8 @@ def sample(
         def body(i: jax.Array, tokens_BT: jax.Array) -> jax.Array:
             return next_token(i, tokens_BT, state, fixed)
 
-        tokens_BT = lax.fori_loop(len(prompt), time, body, fixed.tokens)
-        return jax.reshard(tokens_BT, P(None, None))[0]
+        tokens_BT = lax.fori_loop(len(prompt), length, body, fixed.tokens)
+        return jax.reshard(tokens_BT, P(None, None))[0, :length]
 
     fixed = Batch(*map(place, (start, start, ones.astype(np.float32), ones, position)))
     with jax.set_mesh(program.mesh):

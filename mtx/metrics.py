@@ -30,10 +30,10 @@ class Clock:
 
 
 class Writer:
-    """Appends to metrics.jsonl; floats are written at full precision."""
+    """Writes metrics.jsonl anew; floats are written at full precision."""
 
     def __init__(self, path: Path | None):
-        self.file = None if path is None else path.open("a")
+        self.file = None if path is None else path.open("w")
 
     def write(self, row: Mapping[str, float | int]) -> None:
         if self.file is not None:

@@ -67,6 +67,8 @@ class Doors(abc.ABC):
 
     layout: BoundLayout
     compute: Any
+    platform: str
+    """Of the mesh's devices, present or not: cpu, gpu, tpu."""
     global_shapes = False
 
     @property

@@ -140,9 +140,8 @@ class Program:
     # Gradients.
 
     def doors(self) -> Doors:
-        if isinstance(self.partition, Compiled):
-            return CompiledDoors(self.layout, self.compute)
-        return ManualDoors(self.layout, self.compute)
+        doors = CompiledDoors if isinstance(self.partition, Compiled) else ManualDoors
+        return doors(self.layout, self.compute, self.mesh.devices.flat[0].platform)
 
     def gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Params, jax.Array]:
         """Sums over the first `count` microbatches: gradients_f32, stored as the weights are, and
@@ -185,17 +184,8 @@ class Program:
             key_B = sequence_keys(seed, sample)
 
             def objective(params: Params) -> tuple[jax.Array, jax.Array]:
-                h_BTD = self.model.hidden(params, part, doors, self.mask, key_B)
-                total, nll = cross_entropy(
-                    doors,
-                    self.loss,
-                    h_BTD,
-                    self.model.head(params),
-                    part.targets,
-                    part.weights,
-                    self.model.config.vocab_size,
-                )
-                return total, jnp.stack([total, nll, jnp.sum(part.weights)])
+                sums = self._sums(doors, params, part, key_B)
+                return sums[0], sums
 
             gradients, sums = jax.grad(objective, has_aux=True)(params)
             gradients = map_weights(doors.scatter_microbatch, self.weights, gradients)
@@ -206,6 +196,13 @@ class Program:
         shapes = jax.eval_shape(microbatch, 0)
         zeros = jax.tree.map(partial(_zeros, doors.global_shapes), shapes)
         return lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, microbatch(i)), zeros)
+
+    def _sums(self, doors: Doors, params: Params, batch: Batch, key_B: Words | None) -> jax.Array:
+        """(objective, cross entropy, label weight) of this rank's rows."""
+        h_BTD = self.model.hidden(params, batch, doors, self.mask, key_B)
+        head, vocab = self.model.head(params), self.model.config.vocab_size
+        objective, nll = cross_entropy(doors, self.loss, h_BTD, head, batch.targets, batch.weights, vocab)
+        return jnp.stack([objective, nll, jnp.sum(batch.weights)])
 
     def _reduce(self, doors: Doors, gradients: Params, sums: jax.Array) -> tuple[Params, jax.Array]:
         return map_weights(doors.reduce_gradient, self.weights, gradients), doors.sum_over("B", sums)
@@ -265,11 +262,7 @@ class Program:
         doors = self.doors()
 
         def run(params: Params, batch: Batch) -> jax.Array:
-            params = self._use(doors, params)
-            h_BTD = self.model.hidden(params, batch, doors, self.mask, None)
-            head, vocab = self.model.head(params), self.model.config.vocab_size
-            _, nll = cross_entropy(doors, self.loss, h_BTD, head, batch.targets, batch.weights, vocab)
-            return doors.sum_over("B", jnp.stack([nll, jnp.sum(batch.weights)]))
+            return doors.sum_over("B", self._sums(doors, self._use(doors, params), batch, None)[1:])
 
         return self.mapped(run, P())(state.params, batch)
 

@@ -51,9 +51,10 @@ def run(
     log.info("%s", banner(config, program, corpus, verbose))
     writer = reports.Writer(workdir / "metrics.jsonl" if first else None)
     state = loop(config, program, corpus, writer)
-    if config.sample_tokens:
-        length = min(config.sample_tokens, config.batch.sequence_length)
-        tokens = decode.sample(program, state, corpus.encode("\n"), length, seed=config.seed)
+    if config.sample_tokens and config.model.causal:
+        time = config.batch.sequence_length
+        length = min(config.sample_tokens, time)
+        tokens = decode.sample(program, state, corpus.encode("\n"), length, time=time, seed=config.seed)
         log.info("sample:\n%s", corpus.decode(tokens.tolist()))
     writer.close()
     log.info("run folder: %s", workdir)
@@ -165,7 +166,8 @@ def evaluate(config: Config, program: Program, corpus, eval_fn, state: TrainStat
     loss = total[0] / total[1]
     bits = total[0] / math.log(2) / corpus.validation_bytes
     writer.write({"step": step, "val/loss": loss, "val/bits_per_byte": bits})
-    log.info("step %d/%d  val loss %.4f  val bits per byte %.4f", step, config.steps, loss, bits)
+    yardstick = f"(gzip -9: {corpus.gzip_bits_per_byte:.4f})"
+    log.info("step %d/%d  val loss %.4f  val bits per byte %.4f %s", step, config.steps, loss, bits, yardstick)
 
 
 def place(program: Program, arrays: dict[str, np.ndarray], spec: P) -> Batch:

@@ -1,8 +1,13 @@
 """Which backend runs, and what is refused."""
 
-import pytest
+import dataclasses
 
-from mtx.attention import choose
+import aot
+import jax.numpy as jnp
+import pytest
+import toys
+
+from mtx.attention import AttentionConfig, _say_once, choose
 from mtx.errors import ConfigError
 from pallas_kernels.masks import Mask
 
@@ -14,6 +19,7 @@ CAUSAL, DOCUMENTS = Mask(causal=True), Mask(causal=True, documents=True)
     [
         ("cpu", "float32", 64, CAUSAL, 0.0, True, "plain"),
         ("gpu", "bfloat16", 64, CAUSAL, 0.0, True, "cudnn"),
+        ("gpu", "bfloat16", 64, CAUSAL, 0.0, False, "plain"),
         ("gpu", "float32", 64, CAUSAL, 0.0, True, "plain"),
         ("gpu", "bfloat16", 64, DOCUMENTS, 0.0, True, "plain"),
         ("gpu", "bfloat16", 64, CAUSAL, 0.1, True, "plain"),
@@ -44,9 +50,22 @@ def test_a_demanded_backend_refuses_what_it_cannot_do(backend, platform, mask, d
 
 def test_plain_attention_is_said_loudly_on_accelerators(caplog: pytest.LogCaptureFixture):
     choose.cache_clear()
+    _say_once.cache_clear()
     with caplog.at_level("INFO", "mtx"):
         choose("auto", "gpu", "bfloat16", 64, 128, DOCUMENTS, 0.0, True)
         choose("auto", "gpu", "bfloat16", 64, 128, DOCUMENTS, 0.0, True)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "plain XLA (not cudnn: it does not see document borders; not splash" in record.message
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 2, 4)], ids=str)
+def test_splash_compiles_in_the_train_step_for_a_tpu(mesh: tuple[int, int, int]):
+    """Forward and backward, under remat, with grouped keys, on the chips that are not here."""
+    attention = AttentionConfig(heads=8, kv_heads=4, head_size=128, backend="splash")
+    model = dataclasses.replace(toys.LLAMA, attention=attention, width=256, remat="full")
+    chips = aot.tpu_devices("v5e:2x4")
+    p = toys.program(model, mesh, zero=1, documents=False, compute=jnp.bfloat16, devices=chips)
+    text = p.lower_train_step(2, 8, 256).compile().as_text()
+    assert text.count("tpu_custom_call") >= 2
