@@ -39,6 +39,7 @@ def take_verb(words: list[str]) -> str:
     verb = words.pop(bare[0]) if bare else "train"
     if verb not in VERBS:
         near = [f"--config {verb}"] if verb.endswith(".py") else difflib.get_close_matches(verb, VERBS, n=1)
+        near = near or [f"{verb}=VALUE, without spaces"] * ("." in verb)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ConfigError(f"there is no verb {verb!r}{hint} Verbs: {', '.join(VERBS)}.")
     return verb

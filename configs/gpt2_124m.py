@@ -1,10 +1,10 @@
 """GPT-2 small, 124M parameters (Radford et al. 2019, table 2, where its size is misprinted as 117M).
 
-Architecture, initialisation and the dropout of 0.1 are those of the released code (openai/gpt-2, and
-Hugging Face's `gpt2` config). Its optimizer was never published; batch and schedule here are those that
-the community reproduces it with (nanoGPT's config/train_gpt2.py, after GPT-3: Brown et al. 2020, table 2.1
-and appendix B): half a million tokens a step, peak 6e-4, 2000 steps of warm-up, cosine to a tenth at step
-600k. nanoGPT trains without dropout and reaches a validation loss of 2.85 on OpenWebText.
+The architecture is openai/gpt-2's; dropout 0.1 and N(0, 0.02) everywhere are those of Hugging Face's `gpt2`
+config, and residual projections start smaller, as the paper says (section 2.3). Its optimizer was never
+published; batch and schedule here are those that the community reproduces it with (nanoGPT's
+config/train_gpt2.py, after GPT-3: Brown et al. 2020, table 2.1 and appendix B): half a million tokens a step,
+peak 6e-4, 2000 steps of warm-up, cosine to a tenth at step 600k. nanoGPT trains without dropout.
 
 Not reproduced: the text. The only data here are Python's documentation as bytes; a vocabulary of 50,257
 holds them, but most of the table is never used, and losses say nothing about GPT-2's.

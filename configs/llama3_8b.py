@@ -5,7 +5,7 @@
 which attention stays inside documents. Peak learning rate 3e-4 is table 3's. The paper gives no schedule or
 batch for this size: warm-up of 8000 steps and a cosine to 1 % at step 1,200,000 are its 405B's (section
 3.4.1), four million tokens a step where its batch began. Betas 0.9 and 0.95, decay 0.1 and clipping at 1
-are Llama 2's (Touvron et al. 2023, section 2.2). Llama 3.1 adds `positions.scaling=Llama3Scaling()`.
+are Llama 2's (Touvron et al. 2023, section 2.2). Llama 3.1 adds `model.positions.scaling=Llama3Scaling`.
 
 Not reproduced: the text (15T tokens). The only data here are Python's documentation as bytes, which
 leave most of the vocabulary unused. ZeRO-3 over every device unless mesh says otherwise; initial weights

@@ -31,7 +31,7 @@ class AttentionConfig:
     kv_heads: int | None = None
     """Key and value heads K; None: as many as query heads."""
     head_size: int | None = None
-    """H; None: width / heads."""
+    """Size H of a head; None: width / heads."""
     backend: BackendName = "auto"
     """auto: the first of cudnn (NVIDIA), splash (TPU), plain that can do exactly what is asked."""
 
@@ -175,7 +175,7 @@ def _splash_cannot(platform: str, head_size: int, time: int, mask: Mask, dropout
 
 def _unmasked(mask: Mask, dropout: float) -> str | None:
     if mask.documents:
-        return "it does not see document borders"
+        return "it does not see document borders (data.isolate_documents=false has none)"
     return "it has no dropout" if dropout else None
 
 

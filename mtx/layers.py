@@ -65,6 +65,7 @@ class LayerNorm:
     """Layer normalisation with gain and bias (Ba et al. 2016)."""
 
     epsilon: float = 1e-5
+    """Added to the variance before the root."""
 
     def check(self) -> Iterator[Problem]:
         if self.epsilon <= 0:
@@ -79,6 +80,7 @@ class RMSNorm:
     """Root-mean-square normalisation with gain (Zhang and Sennrich 2019)."""
 
     epsilon: float = 1e-5
+    """Added to the mean square before the root."""
 
     def check(self) -> Iterator[Problem]:
         if self.epsilon <= 0:
@@ -125,9 +127,13 @@ class Llama3Scaling:
     """Llama 3.1's stretch of rotary frequencies for long contexts."""
 
     factor: float = 8.0
+    """How many times longer the slowest waves are stretched."""
     low_frequency_factor: float = 1.0
+    """Waves with fewer turns than this in original_length are stretched by the whole factor."""
     high_frequency_factor: float = 4.0
+    """Waves with more turns than this are kept; between the two they are blended."""
     original_length: int = 8192
+    """Tokens per sequence that the model was first trained with."""
 
     def check(self) -> Iterator[Problem]:
         if self.factor < 1:
@@ -143,7 +149,9 @@ class Rotary:
     """Rotary positions (Su et al. 2021), halves rotated against each other as Llama's weights expect."""
 
     theta: float = 10_000.0
+    """Base of the wavelengths; a larger one reaches further."""
     scaling: Llama3Scaling | None = None
+    """None: frequencies as they are."""
 
     def check(self) -> Iterator[Problem]:
         if self.theta <= 1:

@@ -50,7 +50,7 @@ class Layout:
     sequence_parallel: bool = False
     """Split the residual stream's time over mesh.model (Korthikanti et al. 2022): same bytes, less memory."""
     scatter: Literal["float32", "compute"] = "float32"
-    """dtype in which stage 3 reduce-scatters a layer's gradients."""
+    """dtype in which stage 3 reduce-scatters a layer's gradients; compute: that of precision.compute."""
     rows: tuple[Row, ...] | None = None
     """The whole table, instead of the preset that zero and sequence_parallel choose."""
 

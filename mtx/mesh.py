@@ -58,13 +58,15 @@ def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
         return wanted | {wild[0]: num_devices // fixed}
     if not wild and fixed == num_devices:
         return wanted
-    legal = legal_meshes(num_devices, {axis: wanted[axis] for axis in AXES if axis not in NOT_YET})
+    tries = legal_meshes(num_devices, {axis: wanted[axis] for axis in AXES if axis not in NOT_YET})
     problem = f"does not divide {num_devices} devices" if wild else f"uses {fixed} of {num_devices} devices"
-    raise DeviceError(f"{said} {problem}; try {', or '.join(legal)}.")
+    if fixed > num_devices:
+        tries.append(f"--devices {fixed} to simulate them on the CPU")
+    raise DeviceError(f"{said} {problem}; try {', or '.join(tries)}.")
 
 
 def legal_meshes(num_devices: int, wanted: dict[str, int], most: int = 4) -> list[str]:
-    """Up to `most` meshes that use every device, those nearest to `wanted` first, as overrides."""
+    """Up to `most` meshes that use every device, those nearest to `wanted` first, as overrides of it."""
     found = []
     for model in (m for m in range(1, num_devices + 1) if num_devices % m == 0):
         for replica in (r for r in range(1, num_devices // model + 1) if num_devices // model % r == 0):
@@ -74,7 +76,12 @@ def legal_meshes(num_devices: int, wanted: dict[str, int], most: int = 4) -> lis
         return sum(abs(math.log2(size / max(wanted[axis], 1))) for axis, size in mesh.items() if wanted[axis] > 0)
 
     found.sort(key=distance)
-    return [" ".join(f"mesh.{axis}={size}" for axis, size in mesh.items()) for mesh in found[:most]]
+
+    def words(mesh: dict[str, int]) -> str:
+        changes = [f"mesh.{axis}={size}" for axis, size in mesh.items() if size > 1 or wanted[axis] != 1]
+        return " ".join(changes) or "mesh.data=1"
+
+    return [words(mesh) for mesh in found[:most]]
 
 
 def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

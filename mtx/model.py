@@ -59,9 +59,13 @@ class Transformer:
     width: int
     """Model width D."""
     attention: AttentionConfig
+    """Self-attention of every layer."""
     mlp: Gelu | SwiGLU
+    """Feed-forward part of every layer."""
     norm: LayerNorm | RMSNorm = LayerNorm()
+    """Before attention, before feed-forward, and at the end."""
     positions: Learned | Rotary = Learned()
+    """How a token knows its place."""
     causal: bool = True
     """A token sees only what is before it; False: an encoder."""
     bias: bool = True
@@ -75,7 +79,7 @@ class Transformer:
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     init_scale_residual: bool = True
-    """Divide the residual projections' by sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
+    """Divide init_std of the residual projections by sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
     vocab_multiple: int = 128
     """The padded vocabulary is a multiple of this."""
     remat: Literal["none", "selective", "full"] = "none"

@@ -52,6 +52,7 @@ class Steps:
     """A length in optimizer steps."""
 
     count: int
+    """Optimizer steps."""
 
     def check(self) -> Iterator[Problem]:
         if self.count < 0:
@@ -66,6 +67,7 @@ class Samples:
     """A length in sequences."""
 
     count: int
+    """Sequences."""
 
     def check(self) -> Iterator[Problem]:
         if self.count < 0:
@@ -80,6 +82,7 @@ class Tokens:
     """A length in tokens."""
 
     count: int
+    """Tokens."""
 
     def check(self) -> Iterator[Problem]:
         if self.count < 0:
@@ -94,6 +97,7 @@ class Fraction:
     """A length as a share of the whole run's steps."""
 
     share: float
+    """0 to 1."""
 
     def check(self) -> Iterator[Problem]:
         if not 0 <= self.share <= 1:
@@ -114,7 +118,7 @@ class Schedule:
 
     def check(self) -> Iterator[Problem]:
         if self.peak_lr <= 0:
-            yield "peak_lr", "must be positive"
+            yield "peak_lr", "must be positive, such as 3e-4"
 
     def rate(self, progress: Progress) -> jax.Array:
         """The learning rate, a float32 scalar."""

@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from data import Corpus
 from mtx import config as configs
 from mtx import decode
 from mtx import mesh as meshes
 from mtx import metrics as reports
+from mtx.attention import choose
 from mtx.config import Cluster, Config, Loaded
+from mtx.errors import DataError
 from mtx.layout import BoundLayout
 from mtx.model import Batch, Model, flatten
+from mtx.spmd import Manual
 from mtx.step import Program, TrainState
 
 log = logging.getLogger("mtx")
@@ -30,24 +34,23 @@ def run(
 ) -> TrainState:
     """Train `loaded.config` from its first step to its last; returns the final state.
 
-    Writes the run folder first. Raises: UserError before any device is touched if the config is wrong,
-    DeviceError if it does not fit the devices.
+    Raises: ConfigError before any device is touched, DeviceError if the mesh does not fit them, DataError;
+    all before the run folder is written, which is the first thing that a run does.
     """
     config = loaded.config
     configs.check(config, devices)
     if cluster is not None:
         jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process)
     first = cluster is None or cluster.process == 0
-    workdir = configs.workdir(loaded)
-    if first:
-        configs.write_run_folder(loaded, workdir, argv)
-    logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.WARNING, force=True)
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    log.setLevel(logging.INFO if first else logging.WARNING)
 
     configs.check(config, jax.device_count())
     program = build(config, jax.devices())
-    corpus = config.data.load()
+    corpus = load_data(config)
+    workdir = configs.workdir(loaded)
+    if first:
+        configs.write_run_folder(loaded, workdir, argv)
     log.info("%s", banner(config, program, corpus, verbose))
     writer = reports.Writer(workdir / "metrics.jsonl" if first else None)
     state = loop(config, program, corpus, writer)
@@ -68,6 +71,17 @@ def build(config: Config, devices) -> Program:
     model = Model(config.model)
     layout.check(flatten(model.weights))
     compute, _ = config.precision.resolve(devices[0])
+    mask = model.mask(config.data.isolate_documents)
+    choose(
+        config.model.attention.backend,
+        devices[0].platform,
+        compute.name,
+        config.model.head_size,
+        config.batch.sequence_length,
+        mask,
+        config.model.attention_dropout,
+        isinstance(config.partition, Manual),
+    )
     return Program(
         model=model,
         mesh=mesh,
@@ -77,12 +91,22 @@ def build(config: Config, devices) -> Program:
         partition=config.partition,
         compute=compute,
         stored=jnp.dtype(config.precision.params),
-        mask=model.mask(config.data.isolate_documents),
+        mask=mask,
         steps=config.steps,
     )
 
 
-def banner(config: Config, program: Program, corpus, verbose: bool) -> str:
+def load_data(config: Config) -> Corpus:
+    """The corpus, long enough for one sequence. Raises: DataError."""
+    try:
+        corpus = config.data.load()
+        corpus.train(config.seed, 0, 1, config.batch.sequence_length)
+        return corpus
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def banner(config: Config, program: Program, corpus: Corpus, verbose: bool) -> str:
     """What is about to run, in the words of the config."""
     sizes = dict(program.mesh.shape)
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
@@ -107,7 +131,7 @@ def banner(config: Config, program: Program, corpus, verbose: bool) -> str:
     )
 
 
-def loop(config: Config, program: Program, corpus, writer: reports.Writer) -> TrainState:
+def loop(config: Config, program: Program, corpus: Corpus, writer: reports.Writer) -> TrainState:
     """Steps in order. Metrics are read one step late, so that the device never waits for the host."""
     size, time_T = config.batch.global_size, config.batch.sequence_length
     count = configs.microbatches(config, dict(program.mesh.shape))
@@ -152,7 +176,9 @@ def loop(config: Config, program: Program, corpus, writer: reports.Writer) -> Tr
     return state
 
 
-def evaluate(config: Config, program: Program, corpus, eval_fn, state: TrainState, step: int, writer) -> None:
+def evaluate(
+    config: Config, program: Program, corpus: Corpus, eval_fn, state: TrainState, step: int, writer: reports.Writer
+) -> None:
     """Loss over the whole validation split, in nats per token and bits per byte."""
     arrays = corpus.validation(config.batch.sequence_length)
     shards = program.layout.size(*program.layout.batch_axes)

@@ -56,7 +56,10 @@ def test_plain_attention_is_said_loudly_on_accelerators(caplog: pytest.LogCaptur
         choose("auto", "gpu", "bfloat16", 64, 128, DOCUMENTS, 0.0, True)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "plain XLA (not cudnn: it does not see document borders; not splash" in record.message
+    assert (
+        "plain XLA (not cudnn: it does not see document borders (data.isolate_documents=false has none); not"
+        in record.message
+    )
 
 
 @pytest.mark.aot

@@ -138,8 +138,8 @@ MISTAKES = {
         ("mesh.model=-1", "mesh.model=-1 is a second -1 beside mesh.data; only one axis can take the rest"),
         ("mesh.pipeline=2", "mesh.pipeline=2 is not built yet; set mesh.pipeline=1 and use replica, data and model."),
         ("mesh.tensor=2", "mesh.tensor: MeshConfig has no field 'tensor'"),
-        ("mesh.data=3", "mesh.data=3 uses 3 of 8 devices; try mesh.replica=1 mesh.data=8 mesh.model=1, or "),
-        ("mesh.model=3", "mesh.data=-1 mesh.model=3 does not divide 8 devices; try mesh.replica="),
+        ("mesh.data=3", "mesh.data=3 uses 3 of 8 devices; try mesh.data=8, or "),
+        ("mesh.model=3", "mesh.data=-1 mesh.model=3 does not divide 8 devices; try mesh.data=2 mesh.model=4"),
     ],
     "Transformer": [
         ("model=gpt2", "model=gpt2 must be a Transformer; set its fields: model.vocab_size, model.layers, "),
@@ -243,7 +243,7 @@ MISTAKES = {
     "Constant": [
         (
             "optimizer.schedule=Constant optimizer.schedule.peak_lr=0",
-            "optimizer.schedule.peak_lr=0.0 must be positive.",
+            "optimizer.schedule.peak_lr=0.0 must be positive, such as 3e-4.",
         ),
     ],
     "Linear": [
@@ -776,7 +776,7 @@ def test_the_command_line_refuses_in_one_line_before_devices(words, lines):
 def test_devices_that_do_not_fit_exit_with_their_own_code():
     done = run_main("--config", "configs/quickstart.py", "--devices", "6", "mesh.data=4")
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
-    assert done.stderr.startswith("error: mesh.data=4 uses 4 of 6 devices; try mesh.replica=")
+    assert done.stderr.startswith("error: mesh.data=4 uses 4 of 6 devices; try mesh.data=6, or ")
 
 
 def test_help_is_quick_and_imports_no_jax():

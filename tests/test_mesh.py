@@ -16,7 +16,7 @@ def test_minus_one_takes_the_rest():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=3), r"mesh.data=3 uses 3 of 8 devices; try mesh.replica=1 mesh.data=8 mesh.model="),
+        (MeshConfig(data=3), r"mesh.data=3 uses 3 of 8 devices; try mesh.data=8, or "),
         (MeshConfig(), r"mesh.data=1 uses 1 of 8 devices"),
         (MeshConfig(data=-1, model=3), r"mesh.data=-1 mesh.model=3 does not divide 8 devices; try "),
         (MeshConfig(data=16), r"uses 16 of 8 devices"),

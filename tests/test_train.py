@@ -23,7 +23,9 @@ def run(workdir: Path, *words: str) -> tuple[str, list[dict]]:
     argv = [sys.executable, "main.py", "--config", "configs/quickstart.py", f"workdir={workdir}", *SMALL, *words]
     child = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert child.returncode == 0, child.stderr
-    return child.stderr + child.stdout, [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    return child.stderr + child.stdout, [
+        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ class Config:
     partition: Manual | Compiled = Manual()
     """Who writes the collectives."""
     precision: Precision = Precision()
-    """dtypes."""
+    """Number formats of weights and of computing."""
     seed: int = 0
     """Of initial weights, dropout and the order of the data."""
     log_every: int = 10
@@ -66,7 +66,7 @@ class Config:
     save_every: int = 0
     """Steps between checkpoints (not built yet: 0)."""
     sample_tokens: int = 256
-    """Length of the text sample at the end; 0: none."""
+    """Length of the text sample at the end, at most batch.sequence_length; 0: none."""
     workdir: str | None = None
     """The run folder; None: runs/ and the name of the config file."""
 
