@@ -8,6 +8,7 @@ weight's dimensions are declared with them (`DIMENSIONS` maps a letter to the na
     H head size      F feed-forward   J gate and up   V vocabulary
     E experts        L layers         M microbatches  P pipeline stages
     C positions of a learned table
+    t time of one chunk (x: the chunks)
 
 Modules may import only those before them: errors, mesh, layout, spmd, hlo, layers, attention, model,
 losses, optim, step, decode, metrics, config, train. That is also the reading order.

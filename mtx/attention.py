@@ -84,7 +84,7 @@ class Attention(nnx.Module):
             return attention(q_BTNH, k_BTKH, v_BTKH, context, dropout=self.dropout, backend=self.config.backend)
 
         if self.remat:
-            attend = jax.checkpoint(attend, prevent_cse=False)
+            attend = jax.checkpoint(attend, prevent_cse=context.doors.unrolled)
         out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
         return add_bias(project("BTNH,NHD->BTD", out_BTNH, self.out_NHD), self.out_bias_D)
 
@@ -185,8 +185,19 @@ def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask)
 
     _, T, N, H = q_BTNH.shape
     one = masks.CausalMask((T, T)) if mask.causal else masks.FullMask((T, T))
-    kernel = splash.make_splash_mha(masks.MultiHeadMask([one] * N), head_shards=1, q_seq_shards=1)
-    repeat = N // k_BSKH.shape[2]
+    block = next(size for size in (512, 256, 128) if T % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    heads = masks.MultiHeadMask([one] * N)
+    kernel = splash.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
-    out_BNTH = jax.vmap(kernel)(q, jnp.repeat(k, repeat, axis=1), jnp.repeat(v, repeat, axis=1))
+    out_BNTH = jax.vmap(kernel)(q, k, v)
     return jnp.swapaxes(out_BNTH, 1, 2)  # pyrefly: ignore[bad-argument-type]: a pair only with save_residuals

@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 from mtx.model import Batch
 from mtx.step import Program, TrainState
 
+TEMPERATURE = 0.8
+
 
 def sample(
     program: Program,
@@ -17,7 +19,6 @@ def sample(
     length: int,
     *,
     time: int,
-    temperature: float = 0.8,
     seed: int = 0,
 ) -> np.ndarray:
     """`length` tokens that begin with `prompt`, made in rows of `time` tokens (at least `length`).
@@ -29,30 +30,23 @@ def sample(
     rows = program.layout.size(*program.layout.batch_axes)
     start = np.zeros((rows, time), np.int32)
     start[:, : len(prompt)] = prompt
-    rows_spec = P(*program.batch_spec[1:])
     position = np.broadcast_to(np.arange(time, dtype=np.int32), start.shape)
     ones = np.ones_like(start)
-
-    def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, program.sharding(rows_spec), lambda index: x[index])
-
-    def next_token(i: jax.Array, tokens_BT: jax.Array, state: TrainState, fixed: Batch) -> jax.Array:
-        logits_BTV = program.logits(state, fixed._replace(tokens=tokens_BT))
-        logits_BV = lax.dynamic_index_in_dim(logits_BTV, i - 1, axis=1, keepdims=False)
-        logits_V = jax.reshard(logits_BV, P(None, None))[0, : program.model.config.vocab_size]
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        token = jax.random.categorical(key, logits_V / max(temperature, 1e-6)).astype(jnp.int32)
-        column = jax.reshard(jnp.full((rows, 1), token), P(*rows_spec[:1], None))
-        return lax.dynamic_update_slice_in_dim(tokens_BT, column, i, axis=1)
+    arrays = {"tokens": start, "targets": start, "weights": ones.astype(np.float32), "segments": ones}
+    fixed = program.place(arrays | {"positions": position}, program.rows_spec)
 
     @jax.jit
     def fill(state: TrainState, fixed: Batch) -> jax.Array:
         def body(i: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-            return next_token(i, tokens_BT, state, fixed)
+            logits_BTV = program.logits(state, fixed._replace(tokens=tokens_BT), i - 1)
+            logits_V = jax.reshard(logits_BTV, P(None, None, None))[0, 0, : program.model.config.vocab_size]
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            token = jax.random.categorical(key, logits_V / TEMPERATURE).astype(jnp.int32)
+            column = jax.reshard(jnp.full((rows, 1), token), program.rows_spec)
+            return lax.dynamic_update_slice_in_dim(tokens_BT, column, i, axis=1)
 
         tokens_BT = lax.fori_loop(len(prompt), length, body, fixed.tokens)
         return jax.reshard(tokens_BT, P(None, None))[0, :length]
 
-    fixed = Batch(*map(place, (start, start, ones.astype(np.float32), ones, position)))
     with jax.set_mesh(program.mesh):
         return np.asarray(fill(state, fixed))

@@ -45,7 +45,7 @@ def weight(
 
 
 def vector(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], value: float) -> nnx.Param:
-    """A gain or a bias: whole, float32, not decayed."""
+    """A gain or a bias: float32, never cast, decayed or split by ZeRO."""
     return weight(rngs, dims, shape, initializers.constant(value), is_matrix=False)
 
 

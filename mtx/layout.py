@@ -23,6 +23,8 @@ ZERO = "zero"
 """Stands for a weight's ZeRO dimension: the largest that divides and is not minor-most."""
 RESIDUAL_TIME = "residual_time"
 """Time in the residual stream (an activation with a D), where norms and dropout run."""
+SPLIT_BY_MODEL = ("heads", "kv_heads", "ff", "vocab")
+"""The dimensions that tensor parallelism may split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,24 @@ class Row:
     """Axes of the optimizer state."""
     activations: Axes = ()
     """Axes of activations."""
+
+    def problems(self) -> Iterator[str]:
+        """What no door could make right: splits that the layers' communication does not foresee."""
+        name, known = self.dimension, {*DIMENSIONS.values(), ZERO, RESIDUAL_TIME}
+        columns = (self.weights, self.gradients, self.optimizer, self.activations)
+        if name not in known:
+            yield f"names no dimension {name!r}; legal: {', '.join(sorted(known))}"
+        elif unknown := [axis for column in columns for axis in column if axis not in AXES]:
+            yield f"maps {name} to {unknown[0]!r}, not a mesh axis; legal: {', '.join(AXES)}"
+        elif name in SPLIT_BY_MODEL:
+            if set(columns) not in ({()}, {("model",)}):
+                yield f"must split all four columns of {name} over model, or none"
+        elif name == ZERO:
+            legal = ((), ("data",))
+            if self.activations or self.weights != self.optimizer or not {self.weights, self.gradients} <= {*legal}:
+                yield "must split weights and optimizer state of zero over data; gradients too, or not; no activations"
+        elif any(columns[:3]) or (self.activations and name not in ("batch", "time", RESIDUAL_TIME)):
+            yield f"splits {name}; what can be split over model: {', '.join(SPLIT_BY_MODEL)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,27 +77,25 @@ class Layout:
     def check(self) -> Iterator[Problem]:
         if self.scatter != "float32" and self.zero != 3:
             yield "scatter", "is for layout.zero=3; leave it at float32"
-        known = {*DIMENSIONS.values(), ZERO, RESIDUAL_TIME}
-        for row in self.rows or ():
-            if row.dimension not in known:
-                yield "rows", f"names no dimension {row.dimension!r}; legal: {', '.join(sorted(known))}"
-            for column in ("weights", "gradients", "optimizer", "activations"):
-                axes = getattr(row, column)
-                if unknown := [axis for axis in axes if axis not in AXES]:
-                    yield "rows", f"maps {row.dimension} to {unknown[0]!r}, not a mesh axis; legal: {', '.join(AXES)}"
-                legal = ("data",) if row.dimension == ZERO else ("model",)
-                if column != "activations" and (other := [axis for axis in axes if axis not in legal]):
-                    yield "rows", f"splits the {column} of {row.dimension} over {other[0]}; legal there: {legal[0]}"
-            if row.weights != row.optimizer or (row.dimension != ZERO and row.weights != row.gradients):
-                yield "rows", f"splits weights, gradients and optimizer state of {row.dimension} differently"
-        if self.rows is not None:
-            table = {row.dimension: row for row in self.rows}
-            if twice := [row.dimension for row in self.rows if table[row.dimension] is not row]:
-                yield "rows", f"has two rows for {twice[0]}; keep one"
-            if self.zero and not (ZERO in table and table[ZERO].weights):
-                yield "zero", "has no effect: layout.rows replaces the preset and has no row `zero` over data"
-            if self.sequence_parallel and not (RESIDUAL_TIME in table and "model" in table[RESIDUAL_TIME].activations):
-                yield "sequence_parallel", "has no effect: layout.rows has no row `residual_time` over model"
+        if self.rows is None:
+            return
+        table = {row.dimension: row for row in self.rows}
+        if twice := [row.dimension for row in self.rows if table[row.dimension] is not row]:
+            yield "rows", f"has two rows for {twice[0]}; keep one"
+        for why in (why for row in self.rows for why in row.problems()):
+            yield "rows", why
+        split = {name for name in SPLIT_BY_MODEL if name in table and table[name].weights}
+        if len(split & {"heads", "kv_heads"}) == 1:
+            yield "rows", "splits one of heads and kv_heads; split both over model, or neither"
+        if "batch" not in table or table["batch"].activations != BATCH_AXES:
+            yield "rows", f"must split the activations of batch over {', '.join(BATCH_AXES)}"
+        if "model" in table.get(RESIDUAL_TIME, Row(dimension=RESIDUAL_TIME)).activations:
+            if len(split) < len(SPLIT_BY_MODEL):
+                yield "rows", f"splits residual_time over model, which needs {', '.join(SPLIT_BY_MODEL)} split too"
+        elif self.sequence_parallel:
+            yield "sequence_parallel", "has no effect: layout.rows has no row `residual_time` over model"
+        if self.zero and not (ZERO in table and table[ZERO].weights):
+            yield "zero", "has no effect: layout.rows replaces the preset and has no row `zero` over data"
 
     def table(self) -> tuple[Row, ...]:
         return megatron(self.zero, self.sequence_parallel) if self.rows is None else self.rows
@@ -97,7 +115,7 @@ def megatron(zero: int, sequence_parallel: bool) -> tuple[Row, ...]:
         Row(dimension="batch", activations=BATCH_AXES),
         Row(dimension="time", activations=("context",)),
         Row(dimension=RESIDUAL_TIME, activations=("context", "model") if sequence_parallel else ("context",)),
-        *(split(dimension) for dimension in ("heads", "kv_heads", "ff", "vocab")),
+        *(split(dimension) for dimension in SPLIT_BY_MODEL),
         Row(
             dimension=ZERO,
             weights=("data",) if zero >= 1 else (),

@@ -41,11 +41,13 @@ def cross_entropy(
     """Sums over this rank's tokens, in float32 nats: the objective (with z-loss), and the loss alone.
 
     h_BTD is the residual stream after the last norm; table_VD holds at least `vocab_size` rows, and the
-    rest are padding that no token can be. Differentiable by hand: the backward pass makes each chunk's
-    logits again from the saved log-normaliser, so that no collective runs twice.
+    rest are padding that no token can be. The objective alone has a gradient, written by hand: the backward
+    pass makes each chunk's logits again from the saved log-normaliser, so that no collective runs twice.
     """
     rows = -(-h_BTD.shape[0] // doors.layout.size(*doors.layout.batch_axes)) if doors.global_shapes else h_BTD.shape[0]
+    T, split = target_BT.shape[1], doors.split("V")
     span = max(1, config.chunk_tokens // rows)
+    span = -(-T // -(-T // span))  # as many chunks, evenly filled
 
     def logits_of(h_BtD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BtV = doors.local_einsum("BTD,VD->BTV", h_BtD, w_VD, jnp.float32)
@@ -67,20 +69,23 @@ def cross_entropy(
 
         zero = jnp.zeros((), jnp.float32)
         xs = tuple(split_time(x, span) for x in (h_BTD, target_BT, weight_BT))
-        (objective, nll), lse_CBt = jax.lax.scan(chunk, (zero, zero), xs)
-        return objective, nll, lse_CBt
+        (objective, nll), lse_xBt = jax.lax.scan(chunk, (zero, zero), xs)
+        return objective, nll, lse_xBt
+
+    def entered(h_BTD: jax.Array) -> jax.Array:
+        return doors.enter(h_BTD) if split else h_BTD
 
     @jax.custom_vjp
     def loss(h_BTD: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return sums(doors.enter(h_BTD), doors.gather_for_use(table_VD.replace(table)))[:2]
+        return sums(entered(h_BTD), doors.gather_for_use(table_VD.replace(table)))[:2]
 
     def forward(h_BTD, table):
-        h_BTD = doors.enter(h_BTD)
-        objective, nll, lse_CBt = sums(h_BTD, doors.gather_for_use(table_VD.replace(table)))
-        return (objective, nll), (h_BTD, table, lse_CBt)
+        h_BTD = entered(h_BTD)
+        objective, nll, lse_xBt = sums(h_BTD, doors.gather_for_use(table_VD.replace(table)))
+        return (objective, nll), (h_BTD, table, lse_xBt)
 
     def backward(saved, cotangents):
-        h_BTD, table, lse_CBt = saved
+        h_BTD, table, lse_xBt = saved
         w_VD = doors.gather_for_use(table_VD.replace(table))
 
         def chunk(dw_VD, xs):
@@ -93,13 +98,15 @@ def cross_entropy(
             dw_VD = dw_VD + doors.local_einsum("BTV,BTD->VD", d_BtV, h_BtD, jnp.float32)
             return dw_VD, doors.local_einsum("BTV,VD->BTD", d_BtV, w_VD)
 
-        xs = (*(split_time(x, span) for x in (h_BTD, target_BT, weight_BT)), lse_CBt)
-        dw_VD, dh_CBtD = jax.lax.scan(chunk, jnp.zeros_like(w_VD, jnp.float32), xs)
-        dh_BTD = doors.sum_residual(join_time(dh_CBtD, h_BTD.shape[1]))
+        xs = (*(split_time(x, span) for x in (h_BTD, target_BT, weight_BT)), lse_xBt)
+        dw_VD, dh_xBtD = jax.lax.scan(chunk, jnp.zeros_like(w_VD, jnp.float32), xs)
+        dh_BTD = join_time(dh_xBtD, T)
+        dh_BTD = doors.sum_residual(dh_BTD) if split else dh_BTD
         return dh_BTD.astype(h_BTD.dtype), doors.scatter_gradient(table_VD.weight, dw_VD).astype(table.dtype)
 
     loss.defvjp(forward, backward)
-    return loss(h_BTD, table_VD[...])
+    objective, nll = loss(h_BTD, table_VD[...])
+    return objective, jax.lax.stop_gradient(nll)
 
 
 def split_time(x_BT: jax.Array, span: int) -> jax.Array:
@@ -112,7 +119,7 @@ def split_time(x_BT: jax.Array, span: int) -> jax.Array:
     return jnp.moveaxis(x_BT.reshape(B, chunks, span, *rest), 1, 0)
 
 
-def join_time(x_CBt: jax.Array, time: int) -> jax.Array:
+def join_time(y_xBt: jax.Array, time: int) -> jax.Array:
     """The inverse of `split_time`."""
-    C, B, span, *rest = x_CBt.shape
-    return jnp.moveaxis(x_CBt, 0, 1).reshape(B, C * span, *rest)[:, :time]
+    chunks, B, span, *rest = y_xBt.shape
+    return jnp.moveaxis(y_xBt, 0, 1).reshape(B, chunks * span, *rest)[:, :time]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from mtx.errors import DeviceError, Problem
@@ -87,21 +86,26 @@ def legal_meshes(num_devices: int, wanted: dict[str, int], most: int = 4) -> lis
 def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh; sharding is part of every array's type on it (explicit axes).
 
-    Devices of one slice (TPU slices joined by DCN) or one process (GPU hosts) stay neighbours: the
-    outer axes (pipeline, replica, data) cross the slow links first.
+    TPU slices that DCN joins are crossed by the outer axes (pipeline, replica, data) first; elsewhere
+    neighbours in `devices` are neighbours on the inner axes.
     Raises: DeviceError if a device would be idle, or if no outer axes span the slices.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    shape = tuple(sizes(config, len(devices)).values())
-    slices = sorted({getattr(device, "slice_index", 0) or 0 for device in devices})
-    if len(slices) > 1:
-        return Mesh(_hybrid(shape, devices, len(slices)), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
-
-
-def _hybrid(shape: tuple[int, ...], devices: list[jax.Device], num_slices: int) -> np.ndarray:
     from jax.experimental import mesh_utils
 
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(sizes(config, len(devices)).values())
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if slices > 1:
+        outer = _outer(shape, slices)
+        inner = tuple(size // o for size, o in zip(shape, outer, strict=True))
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _outer(shape: tuple[int, ...], num_slices: int) -> tuple[int, ...]:
+    """How the slices divide over the axes that may cross slow links."""
     outer, rest = [1] * len(shape), num_slices
     for i, axis in enumerate(AXES):
         if axis in ("pipeline", "replica", "data"):
@@ -112,8 +116,7 @@ def _hybrid(shape: tuple[int, ...], devices: list[jax.Device], num_slices: int) 
             f"{num_slices} slices are joined by slow links, and mesh.pipeline x mesh.replica x mesh.data does "
             f"not span them; try mesh.replica={num_slices}."
         )
-    inner = tuple(size // o for size, o in zip(shape, outer, strict=True))
-    return mesh_utils.create_hybrid_device_mesh(inner, tuple(outer), devices)
+    return tuple(outer)
 
 
 def batch_shards(mesh_sizes: dict[str, int]) -> int:

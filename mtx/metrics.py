@@ -30,14 +30,15 @@ class Clock:
 
 
 class Writer:
-    """Writes metrics.jsonl anew; floats are written at full precision."""
+    """Writes metrics.jsonl anew; floats at full precision, null for what is not finite."""
 
     def __init__(self, path: Path | None):
         self.file = None if path is None else path.open("w")
 
     def write(self, row: Mapping[str, float | int]) -> None:
         if self.file is not None:
-            print(json.dumps(row), file=self.file, flush=True)
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            print(json.dumps(finite), file=self.file, flush=True)
 
     def close(self) -> None:
         if self.file is not None:

@@ -209,7 +209,7 @@ class Model:
             return _merge(self._block, block_params)(x_BTD, replace(context, layer=i)), None
 
         if config.remat == "full":
-            layer = jax.checkpoint(layer, prevent_cse=False)
+            layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
         x_BTD = ends.embed(batch, context)
         layers = jnp.arange(config.layers)
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (params["layers"], layers), unroll=config.unroll)
@@ -219,10 +219,16 @@ class Model:
         """The output projection, token_VD or its own."""
         return _merge(self._ends, params["ends"]).head
 
-    def logits(self, params: Params, batch: Batch, doors: Doors, mask: Mask) -> jax.Array:
-        """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it)."""
+    def logits(
+        self, params: Params, batch: Batch, doors: Doors, mask: Mask, position: jax.Array | None = None
+    ) -> jax.Array:
+        """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it); at one position, T is 1."""
         h_BTD = self.hidden(params, batch, doors, mask, None)
-        return doors.project("BTD,VD->BTV", h_BTD, self.head(params)).astype(jnp.float32)
+        if doors.split("V"):
+            h_BTD = doors.enter(h_BTD)
+        if position is not None:
+            h_BTD = jax.lax.dynamic_slice_in_dim(h_BTD, position, 1, axis=1)
+        return doors.local_einsum("BTD,VD->BTV", h_BTD, doors.gather_for_use(self.head(params)), jnp.float32)
 
     def mask(self, documents: bool) -> Mask:
         return Mask(causal=self.config.causal, documents=documents)

@@ -48,48 +48,43 @@ class Progress(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
+class Count:
+    """A length that is counted."""
+
+    count: int
+    """How many."""
+
+    def check(self) -> Iterator[Problem]:
+        if self.count < 0:
+            yield "count", "must not be negative"
+
+    @property
+    def length(self) -> float:
+        return float(max(self.count, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Count):
     """A length in optimizer steps."""
 
-    count: int
-    """Optimizer steps."""
-
-    def check(self) -> Iterator[Problem]:
-        if self.count < 0:
-            yield "count", "must not be negative"
-
     def done(self, progress: Progress) -> jax.Array:
-        return progress.steps / max(self.count, 1)
+        return progress.steps / self.length
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
+class Samples(Count):
     """A length in sequences."""
 
-    count: int
-    """Sequences."""
-
-    def check(self) -> Iterator[Problem]:
-        if self.count < 0:
-            yield "count", "must not be negative"
-
     def done(self, progress: Progress) -> jax.Array:
-        return progress.samples / max(self.count, 1)
+        return progress.samples / self.length
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class Tokens(Count):
     """A length in tokens."""
 
-    count: int
-    """Tokens."""
-
-    def check(self) -> Iterator[Problem]:
-        if self.count < 0:
-            yield "count", "must not be negative"
-
     def done(self, progress: Progress) -> jax.Array:
-        return progress.tokens / max(self.count, 1)
+        return progress.tokens / self.length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +99,11 @@ class Fraction:
             yield "share", "must lie between 0 and 1"
 
     def done(self, progress: Progress) -> jax.Array:
-        return progress.fraction / max(self.share, 1e-9)
+        return progress.fraction / self.length
+
+    @property
+    def length(self) -> float:
+        return max(self.share, 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +154,11 @@ class Decaying(Schedule):
             yield "end", "must be positive"
 
     def fallen(self, progress: Progress) -> jax.Array:
-        """How much of the fall is done, 0 to 1. Mixed units meet where warm-up ends in both."""
-        done = self.end.done(progress)
-        start = 0.0
-        if type(self.end) is type(self.warmup):
-            (before,), (after,) = dataclasses.astuple(self.warmup), dataclasses.astuple(self.end)
-            start = before / after
-        return jnp.clip((done - start) / (1.0 - start), 0.0, 1.0)
+        """How much of the fall is done, 0 to 1. It starts where warm-up ends, whatever the two count in: both
+        grow in proportion, so that one over the other is what `end` has done when `warmup` is done."""
+        warm, done = self.warmup.done(progress), self.end.done(progress)
+        start = done / jnp.maximum(warm, 1e-9)
+        return jnp.clip((done - start) / jnp.maximum(1.0 - start, 1e-9), 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,11 +194,6 @@ class Optimizer:
             yield "weight_decay", "must not be negative"
         if self.clip_norm is not None and self.clip_norm <= 0:
             yield "clip_norm", "must be positive, or None"
-        for name in ("b1", "b2", "momentum"):
-            if not 0 <= getattr(self, name, 0.0) < 1:
-                yield name, "must be at least 0 and below 1"
-        if getattr(self, "epsilon", 1.0) <= 0:
-            yield "epsilon", "must be positive"
 
     def direction(self) -> optax.GradientTransformation:
         """Gradients -> what a learning rate of 1 would subtract, without weight decay."""
@@ -223,6 +215,14 @@ class AdamW(Optimizer):
     epsilon: float = 1e-8
     """Added to the square root of the second moment."""
 
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield name, "must be at least 0 and below 1"
+        if self.epsilon <= 0:
+            yield "epsilon", "must be positive"
+
     def direction(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon)
 
@@ -236,6 +236,12 @@ class Lion(Optimizer):
     b2: float = 0.99
     """Decay of the momentum."""
 
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield name, "must be at least 0 and below 1"
+
     def direction(self) -> optax.GradientTransformation:
         return optax.scale_by_lion(b1=self.b1, b2=self.b2)
 
@@ -248,6 +254,11 @@ class Sgd(Optimizer):
     """Decay of the running sum of gradients; 0: none is kept."""
     weight_decay: float = 0.0
     """Decoupled, times the learning rate; gains and biases are not decayed."""
+
+    def check(self) -> Iterator[Problem]:
+        yield from super().check()
+        if not 0 <= self.momentum < 1:
+            yield "momentum", "must be at least 0 and below 1"
 
     def direction(self) -> optax.GradientTransformation:
         return optax.trace(decay=self.momentum) if self.momentum else optax.identity()

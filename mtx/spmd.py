@@ -31,12 +31,12 @@ Params: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """dtypes. Softmax, norms, losses and gradient sums are float32 whatever this says."""
+    """dtypes. Softmax, norms, losses and accumulated gradients are float32 whatever this says."""
 
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of matrix products and activations; auto is bfloat16 where the chip multiplies it natively."""
     params: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the stored weights and of the optimizer state."""
+    """dtype of the stored matrices; moments stay float32."""
 
     def resolve(self, device: jax.Device) -> tuple[Any, str]:
         """The compute dtype on a device, and why."""
@@ -69,6 +69,8 @@ class Doors(abc.ABC):
     compute: Any
     platform: str
     """Of the mesh's devices, present or not: cpu, gpu, tpu."""
+    unrolled: bool = False
+    """Whether layers are straight-line code, in which XLA would merge what remat repeats."""
     global_shapes = False
 
     @property
@@ -107,17 +109,24 @@ class Doors(abc.ABC):
     def gather_for_use(self, w: nnx.Variable) -> jax.Array:
         """The stored weight in the compute dtype, whole but for `model`; its gradient is scattered."""
 
-    @abc.abstractmethod
     def multiply(self, equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
         """An einsum with a weight; a weight that ZeRO-3 gathered is never saved for the backward pass."""
+
+        if not self.at_use or self.layout.zero_dim(w.weight) is None:
+            return self.residual_einsum(equation, x, self.gather_for_use(w))
+
+        def gather_and_multiply(x: jax.Array, value: jax.Array) -> jax.Array:
+            return self.residual_einsum(equation, x, self.gather(w.weight, value))
+
+        return jax.checkpoint(gather_and_multiply, prevent_cse=self.unrolled)(x, w[...])
+
+    @abc.abstractmethod
+    def residual_einsum(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """An einsum whose result, if it has a D, belongs to the residual stream (or is a part of its sum)."""
 
     @abc.abstractmethod
     def embed(self, token_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
         """Rows of a table whose vocabulary may be split, as x_BTD of the residual stream."""
-
-    @abc.abstractmethod
-    def residual(self, x_BT: jax.Array) -> jax.Array:
-        """The part of a per-token array that belongs to this rank's residual stream."""
 
     @abc.abstractmethod
     def index(self, letter: Literal["T", "N", "V"], x: jax.Array, axis: int) -> jax.Array:
@@ -137,7 +146,7 @@ class Doors(abc.ABC):
 
     @abc.abstractmethod
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
-        """A stored weight cast and gathered outside the layers; not differentiated."""
+        """A stored weight's value cast and gathered: once per step, or at its use under stage 3."""
 
     @abc.abstractmethod
     def scatter_microbatch(self, weight: Weight, gradient: jax.Array) -> jax.Array:
@@ -220,26 +229,20 @@ class ManualDoors(Doors):
             axes = (*axes, "model")  # each rank saw its part of time
         return lax.psum(gradient, axes) if axes else gradient
 
-    def multiply(self, equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
-        if not self.at_use or self.layout.zero_dim(w.weight) is None:
-            return jnp.einsum(equation, x, self.gather_for_use(w))
-
-        def gather_and_multiply(x: jax.Array, value: jax.Array) -> jax.Array:
-            return jnp.einsum(equation, x, self.gather(w.weight, value))
-
-        return jax.checkpoint(gather_and_multiply, prevent_cse=False)(x, w[...])
+    def residual_einsum(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, x, y)
 
     def embed(self, token_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
         table = self.gather_for_use(table_VD)
         if not self.split(table_VD.weight.dims[0]):
-            return _take(self.residual(token_BT), table)
+            return _take(self._residual(token_BT), table)
         rows = table.shape[0]
         local_BT = token_BT - lax.axis_index("model") * rows
         here_BT = (local_BT >= 0) & (local_BT < rows)
         x_BTD = _take(jnp.clip(local_BT, 0, rows - 1), table)
         return self.leave(jnp.where(here_BT[..., None], x_BTD, 0))
 
-    def residual(self, x_BT: jax.Array) -> jax.Array:
+    def _residual(self, x_BT: jax.Array) -> jax.Array:
         if not self.layout.sequence_parallel:
             return x_BT
         size = x_BT.shape[1] // self.model
@@ -297,10 +300,8 @@ class CompiledDoors(Doors):
     def scatter_gradient(self, weight: Weight, gradient: jax.Array) -> jax.Array:
         return jax.reshard(gradient, self.layout.spec(weight, "weights")) if self.at_use else gradient
 
-    def multiply(self, equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
-        return jnp.einsum(
-            equation, x, self.gather_for_use(w), out_sharding=self.layout.activation(_letters(equation)[2])
-        )
+    def residual_einsum(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, x, y, out_sharding=self.layout.activation(_letters(equation)[2]))
 
     def local_einsum(self, equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
         result = _letters(equation)[2]
@@ -316,10 +317,6 @@ class CompiledDoors(Doors):
         table = self.gather_for_use(table_VD).astype(jnp.float32)
         x_BTD = table.at[token_BT].get(out_sharding=self.layout.activation("BTD"))
         return x_BTD.astype(self.compute)
-
-    def residual(self, x_BT: jax.Array) -> jax.Array:
-        spec = self.layout.activation("BTD")
-        return jax.reshard(x_BT, jax.P(*spec[:2]))
 
     def index(self, letter: Literal["T", "N", "V"], x: jax.Array, axis: int) -> jax.Array:
         names = self.layout.axes(RESIDUAL_TIME if letter == "T" else DIMENSIONS[letter], "activations")

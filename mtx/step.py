@@ -1,7 +1,8 @@
 """The train and evaluation steps: pure, donated, compiled once. Everything that changes is `TrainState`."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -71,7 +72,12 @@ class Program:
 
     @property
     def batch_spec(self) -> P:
-        return P(None, *self.layout.activation("B"), None)
+        return P(None, *self.rows_spec)
+
+    @property
+    def rows_spec(self) -> P:
+        """Of a Batch_BT."""
+        return P(*self.layout.activation("B"), None)
 
     @cached_property
     def state_shardings(self) -> TrainState:
@@ -97,11 +103,10 @@ class Program:
 
     def _init(self, seed: jax.Array) -> TrainState:
         params = self.model.init(jax.random.fold_in(jax.random.key(seed), 0))
-        params = map_weights(lambda w, x: x.astype(self.stored) if w.is_matrix else x, self.weights, params)
         zero = jnp.zeros((), jnp.uint32)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=params,
+            params=map_weights(lambda w, x: x.astype(self.stored) if w.is_matrix else x, self.weights, params),
             moments=self.transformation.init(params),
             samples=Counter(zero, zero),
             tokens=Counter(zero, zero),
@@ -111,9 +116,8 @@ class Program:
 
     def init(self, seed: int) -> TrainState:
         """A new state, made where it stays: no device and no host ever holds more than its part."""
-        make = jax.jit(self._init, out_shardings=self.state_shardings)
-        with jax.set_mesh(self.mesh):
-            return make(np.uint32(seed))
+        # Not under jax.set_mesh: there every intermediate would be typed as whole on each device.
+        return jax.jit(self._init, out_shardings=self.state_shardings)(np.uint32(seed))
 
     def abstract_state(self) -> TrainState:
         """The state's shapes and shardings, for compiling without devices."""
@@ -141,7 +145,19 @@ class Program:
 
     def doors(self) -> Doors:
         doors = CompiledDoors if isinstance(self.partition, Compiled) else ManualDoors
-        return doors(self.layout, self.compute, self.mesh.devices.flat[0].platform)
+        config = self.model.config
+        return doors(
+            layout=self.layout,
+            compute=self.compute,
+            platform=self.mesh.devices.flat[0].platform,
+            unrolled=config.unroll == config.layers,
+        )
+
+    def exact(self) -> contextlib.AbstractContextManager:
+        """Where float32 means float32: accelerators multiply it in fewer bits unless told not to."""
+        if self.compute == jnp.float32:
+            return jax.default_matmul_precision("highest")
+        return contextlib.nullcontext()
 
     def gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Params, jax.Array]:
         """Sums over the first `count` microbatches: gradients_f32, stored as the weights are, and
@@ -156,20 +172,28 @@ class Program:
             used = self._use(doors, params)
             return self._reduce(doors, *self._accumulate(doors, used, batch, sample_MB, seed, count))
 
-        if self._mapped:
-            stored = map_weights(lambda w: self.layout.spec(w, "weights"), self.weights)
-            run = jax.shard_map(
-                run,
-                mesh=self.mesh,
-                in_specs=(stored, self.batch_spec, samples, P(), P()),
-                out_specs=(stored, P()),
-                check_vma=False,
-            )
-        return run(state.params, batch, sample_MB, state.seed, count)
+        specs = (self.stored_specs, self.batch_spec, samples, P(), P())
+        run = self._mapped(run, specs, (self.stored_specs, P()))
+        with self.exact():
+            return run(state.params, batch, sample_MB, state.seed, count)
 
     @property
-    def _mapped(self) -> bool:
-        return isinstance(self.partition, Manual) and self.mesh.size > 1
+    def stored_specs(self) -> Params:
+        return map_weights(lambda w: self.layout.spec(w, "weights"), self.weights)
+
+    def _mapped(self, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`run` inside the Manual region, where there is one."""
+        if isinstance(self.partition, Compiled) or self.mesh.size == 1:
+            return run
+        return jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def place(self, arrays: Mapping[str, np.ndarray], spec: P) -> Batch:
+        """Host arrays, alike on every process, as global ones: a process keeps only its devices' part."""
+
+        def one(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(x.shape, self.sharding(spec), lambda index: x[index])
+
+        return Batch(**{name: one(arrays[name]) for name in Batch._fields})
 
     def _place(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.reshard(x, spec) if self.mesh.size > 1 else x
@@ -210,7 +234,7 @@ class Program:
     # Steps.
 
     def train_step(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update from the first `count` microbatches. Metrics are float32 scalars.
+        """One update from the first `count` microbatches. Metrics are scalars.
 
         A step whose gradients are not finite changes the counters and `skipped`, nothing else.
         """
@@ -230,10 +254,10 @@ class Program:
         )
         rate = self.optimizer.schedule.rate(progress)
         updates, moments = self.transformation.update(gradients, state.moments, state.params)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(finite, new, old)
+            return jnp.where(finite, new, old).astype(old.dtype)
 
         state = TrainState(
             step=steps,
@@ -264,24 +288,19 @@ class Program:
         def run(params: Params, batch: Batch) -> jax.Array:
             return doors.sum_over("B", self._sums(doors, self._use(doors, params), batch, None)[1:])
 
-        return self.mapped(run, P())(state.params, batch)
+        with self.exact():
+            return self._mapped(run, (self.stored_specs, self.rows_spec), P())(state.params, batch)
 
-    def logits(self, state: TrainState, batch: Batch) -> jax.Array:
-        """Float32 logits_BTV of a Batch_BT over the padded vocabulary."""
+    def logits(self, state: TrainState, batch: Batch, position: jax.Array | None = None) -> jax.Array:
+        """Float32 logits_BTV of a Batch_BT over the padded vocabulary; at one position, T is 1."""
         doors = self.doors()
 
-        def run(params: Params, batch: Batch) -> jax.Array:
-            return self.model.logits(self._use(doors, params), batch, doors, self.mask)
+        def run(params: Params, batch: Batch, position: jax.Array | None) -> jax.Array:
+            return self.model.logits(self._use(doors, params), batch, doors, self.mask, position)
 
-        return self.mapped(run, self.layout.activation("BTV"))(state.params, batch)
-
-    def mapped(self, run: Callable, out: P) -> Callable:
-        """run(params, batch_BT) inside the Manual region, where there is one."""
-        if not self._mapped:
-            return run
-        stored = map_weights(lambda w: self.layout.spec(w, "weights"), self.weights)
-        specs = (stored, P(*self.batch_spec[1:]))
-        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
+        specs = (self.stored_specs, self.rows_spec, P())
+        with self.exact():
+            return self._mapped(run, specs, self.layout.activation("BTV"))(state.params, batch, position)
 
 
 def sequence_keys(seed: jax.Array, sample_B: Counter) -> Words:

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from data import Corpus
 from mtx import config as configs
@@ -142,7 +141,7 @@ def loop(config: Config, program: Program, corpus: Corpus, writer: reports.Write
     def batch_at(step: int) -> Batch:
         arrays = corpus.train(config.seed, step * size, size, time_T)
         arrays = {name: x.reshape(count, -1, time_T) for name, x in arrays.items()}
-        return place(program, arrays, program.batch_spec)
+        return program.place(arrays, program.batch_spec)
 
     def arrived(step: int, on_device: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
@@ -188,18 +187,9 @@ def evaluate(
         part = {name: x[start : start + rows] for name, x in arrays.items()}
         short = rows - len(part["tokens"])
         part = {name: np.pad(x, ((0, short), (0, 0))) for name, x in part.items()}
-        total += np.asarray(eval_fn(state, place(program, part, P(*program.batch_spec[1:]))), np.float64)
+        total += np.asarray(eval_fn(state, program.place(part, program.rows_spec)), np.float64)
     loss = total[0] / total[1]
     bits = total[0] / math.log(2) / corpus.validation_bytes
     writer.write({"step": step, "val/loss": loss, "val/bits_per_byte": bits})
     yardstick = f"(gzip -9: {corpus.gzip_bits_per_byte:.4f})"
     log.info("step %d/%d  val loss %.4f  val bits per byte %.4f %s", step, config.steps, loss, bits, yardstick)
-
-
-def place(program: Program, arrays: dict[str, np.ndarray], spec: P) -> Batch:
-    """Host arrays, alike on every process, as global arrays: a process keeps only its devices' part."""
-
-    def one(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, program.sharding(spec), lambda index: x[index])
-
-    return Batch(**{name: one(arrays[name]) for name in Batch._fields})

@@ -174,8 +174,8 @@ MISTAKES = {
         ("model.attention.backend=flash", "must be one of auto, plain, cudnn, splash; did you mean splash?"),
         (
             "model.attention.backend=cudnn",
-            "model.attention.backend=cudnn cannot do this: it does not see document borders; "
-            "use model.attention.backend=plain, or auto",
+            "model.attention.backend=cudnn cannot do this: it does not see document borders "
+            "(data.isolate_documents=false has none); use model.attention.backend=plain, or auto",
         ),
     ],
     "LayerNorm": [
@@ -334,7 +334,10 @@ FILE_MISTAKES = [
     ),
     (
         ("steps=3", "steps=3, layout=Layout(zero=2, rows=(Row(dimension='heads'), Row(dimension='heads')))"),
-        "layout.rows=(Row(dimension=heads), Row(dimension=heads)) has two rows for heads; keep one.\n"
+        "layout.rows=(Row(dimension=heads), Row(dimension=heads)) has two rows for heads; keep one.\n",
+    ),
+    (
+        ("steps=3", "steps=3, layout=Layout(zero=2, rows=())"),
         "layout.zero=2 has no effect: layout.rows replaces the preset and has no row `zero` over data.",
     ),
     (

@@ -12,6 +12,7 @@ import pytest
 import toys
 
 from mtx import spmd
+from mtx.layout import megatron
 from mtx.model import flatten
 from mtx.optim import AdamW, Constant, Sgd, Steps
 from mtx.spmd import Compiled, Manual, ManualDoors
@@ -105,6 +106,22 @@ def test_gradients_whole_matrix(case: Case):
 def test_the_matrix_is_whole():
     assert len(MATRIX) == 688
     assert {case.mesh for case in DEFAULT} == set(toys.MESHES)
+
+
+# Tables of the user's own.
+
+REPLACED = {"whole vocabulary": {"vocab"}, "whole feed-forward": {"ff"}, "whole heads": {"heads", "kv_heads"}}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_replaced_table_changes_nothing(what: str):
+    rows = tuple(row for row in megatron(1, False) if row.dimension not in REPLACED[what])
+    for model in MODELS:
+        p = toys.program(MODELS[model], (1, 2, 4), rows=rows)
+        assert not list(p.layout.layout.check())
+        found, sums = toys.gradients(p, weights(model), toys.batch(), 4)
+        np.testing.assert_allclose(sums, reference(model, False)[1], rtol=LOSS)
+        toys.check_close(found, reference(model, False)[0], GRADIENTS)
 
 
 # Controls: each breaks one collective of the layout, and the matrix must see it.

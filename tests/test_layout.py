@@ -84,6 +84,30 @@ def test_a_replaced_table_is_used():
     assert layout.spec(Weight("FD", (64, 32)), "weights") == P("model", None)
 
 
+M = ("model",)
+TABLES = {
+    "must split all four columns of vocab": [Row(dimension="vocab", weights=M, gradients=M, optimizer=M)],
+    "splits head;": [Row(dimension="head", weights=M, gradients=M, optimizer=M, activations=M)],
+    "splits one of heads and kv_heads": [Row(dimension="heads")],
+    "must split the activations of batch over replica, data, expert": [Row(dimension="batch", activations=("data",))],
+    "splits residual_time over model, which needs heads, kv_heads, ff, vocab": [
+        Row(dimension="residual_time", activations=M),
+        Row(dimension="ff"),
+    ],
+    "must split weights and optimizer state of zero over data": [Row(dimension="zero", weights=("data",))],
+    "maps ff to 'tensor', not a mesh axis": [Row(dimension="ff", weights=("tensor",))],
+    "names no dimension 'mlp'": [Row(dimension="mlp")],
+}
+
+
+@pytest.mark.parametrize("why", TABLES)
+def test_tables_that_no_door_could_make_right_are_refused(why: str):
+    own = {row.dimension: row for row in TABLES[why]}
+    rows = {row.dimension: row for row in megatron(0, False)} | own
+    problems = [text for _, text in Layout(rows=tuple(rows.values())).check()]
+    assert [text for text in problems if why in text], problems
+
+
 def test_table_shows_every_weight_and_the_largest_whole_one():
     weights = flatten(Model(toys.GPT).weights)
     layout = bound(Layout(zero=1), data=2, model=2)

@@ -1,5 +1,6 @@
 """Meshes: sizes, idle devices, legal alternatives."""
 
+import aot
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -40,22 +41,18 @@ def test_a_mesh_has_every_axis_and_explicit_types():
     assert set(made.axis_types) == {AxisType.Explicit}
 
 
-class Chip:
-    """As much of a TPU device as the placement reads."""
-
-    platform, device_kind, core_on_chip = "tpu", "fake", 0
-
-    def __init__(self, i: int):
-        self.id, self.slice_index, self.process_index = i, i // 4, i // 4
-        self.coords = (i % 2, i // 2 % 2, 0)
-
-    def __repr__(self) -> str:
-        return f"chip {self.id}"
-
-
 def test_slices_are_crossed_by_outer_axes_first():
-    chips = [Chip(i) for i in range(8)]
-    grid = mesh._hybrid((1, 2, 1, 1, 1, 4), chips, 2).reshape(2, 4)
-    assert [{chip.slice_index for chip in row} for row in grid] == [{0}, {1}]
+    assert mesh._outer((1, 2, 1, 1, 1, 4), 2) == (1, 2, 1, 1, 1, 1)
+    assert mesh._outer((1, 1, 8, 1, 1, 4), 4) == (1, 1, 4, 1, 1, 1)
     with pytest.raises(DeviceError, match=r"2 slices .* try mesh.replica=2"):
-        mesh._hybrid((1, 1, 1, 1, 1, 8), chips, 2)
+        mesh._outer((1, 1, 1, 1, 1, 8), 2)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("topology", "data", "tensor"), [("v5p:4x4x4", 8, 8), ("v5p:4x4x4", 32, 2), ("v6e:8x8", 32, 2)]
+)
+def test_axes_may_split_a_pods_physical_axes(topology: str, data: int, tensor: int):
+    chips = aot.tpu_devices(topology)
+    made = mesh.make(MeshConfig(data=data, model=tensor), chips)
+    assert {chip.id for chip in made.devices.flat} == {chip.id for chip in chips}

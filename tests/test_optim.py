@@ -37,6 +37,21 @@ def test_warmup_in_every_unit(warmup):
         assert at(schedule, step) == pytest.approx(2.0 * min(1, step / 100), rel=1e-6)
 
 
+def test_lengths_beyond_32_bits():
+    schedule = Cosine(peak_lr=1.0, warmup=Tokens(count=10**10), end=Tokens(count=10**12), final_share=0.0)
+    progress = Progress(*(jnp.float32(x) for x in (1, 1, 505 * 10**9, 0.5)))
+    assert float(jax.jit(schedule.rate)(progress)) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_warmup_and_decay_may_count_in_different_units():
+    kw = {"peak_lr": 1.0, "final_share": 0.0}
+    one = Linear(**kw, warmup=Steps(count=100), end=Fraction(share=1.0))
+    other = Linear(**kw, warmup=Steps(count=100), end=Steps(count=1000))
+    for step in (1, 50, 100, 101, 500, 1000, 1500):
+        assert at(one, step) == pytest.approx(at(other, step), abs=1e-5)
+    assert at(one, 100) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_cosine_and_linear():
     kw = {"peak_lr": 1.0, "warmup": Fraction(share=0.1), "final_share": 0.2}
     for step in (100, 325, 550, 1000, 2000):

@@ -11,7 +11,7 @@ import numpy as np
 from mtx import mesh as meshes
 from mtx.attention import AttentionConfig
 from mtx.layers import Gelu, Learned, Llama3Scaling, RMSNorm, Rotary, SwiGLU
-from mtx.layout import BoundLayout, Layout
+from mtx.layout import BoundLayout, Layout, Row
 from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
 from mtx.model import Batch, Model, Transformer, flatten
@@ -55,18 +55,20 @@ def program(
     *,
     zero: int = 0,
     sequence_parallel: bool = False,
+    rows: tuple[Row, ...] | None = None,
     partition: Manual | Compiled = Manual(),
     optimizer: Optimizer = Sgd(clip_norm=None),
     loss: CrossEntropy = CrossEntropy(chunk_tokens=16, z_loss=1e-3),
     documents: bool = True,
     compute=jnp.float32,
+    stored=jnp.float32,
     devices=None,
     steps: int = 10,
 ) -> Program:
     replica, data, tensor = mesh
     devices = jax.devices()[: math.prod(mesh)] if devices is None else devices
     made = meshes.make(MeshConfig(replica=replica, data=data, model=tensor), devices)
-    layout = BoundLayout.of(Layout(zero=zero, sequence_parallel=sequence_parallel), dict(made.shape))
+    layout = BoundLayout.of(Layout(zero=zero, sequence_parallel=sequence_parallel, rows=rows), dict(made.shape))
     built = Model(model)
     layout.check(flatten(built.weights))
     return Program(
@@ -77,7 +79,7 @@ def program(
         loss=loss,
         partition=partition,
         compute=jnp.dtype(compute),
-        stored=jnp.dtype(jnp.float32),
+        stored=jnp.dtype(stored),
         mask=built.mask(documents),
         steps=steps,
     )
@@ -103,8 +105,7 @@ def batch(sequences: int = 32, time: int = 16, vocab: int = 250, seed: int = 0) 
 
 
 def place(p: Program, arrays: Mapping[str, np.ndarray], microbatches: int) -> Batch:
-    at = p.sharding(p.batch_spec)
-    return Batch(**{name: jax.device_put(x.reshape(microbatches, -1, x.shape[-1]), at) for name, x in arrays.items()})
+    return p.place({name: x.reshape(microbatches, -1, x.shape[-1]) for name, x in arrays.items()}, p.batch_spec)
 
 
 def state_of(p: Program, params: dict) -> TrainState:
