@@ -1,11 +1,25 @@
 """Text to tokens to batches. A leaf: it imports nothing of ours, and no JAX.
 
-A source is a frozen config with `check()`, `vocab_size`, `isolate_documents` and `load() -> Corpus`. A `Corpus`
-gives batches: dicts of numpy arrays that depend on nothing but the seed and the number of samples consumed.
+A source is a frozen config with `check()`, `vocab_size`, `isolate_documents`, `is_prepared()` and
+`load() -> Corpus`; one that must be prepared has `prepare(progress)` too. A `Corpus` gives batches: dicts of numpy
+arrays that depend on nothing but the seed, the text and the numbers of the samples.
 """
 
-from data.corpus import Corpus
+from data.corpus import Corpus, Split
 from data.packing import Batch
 from data.python_docs import PythonDocs
+from data.text_files import Fail, Skip, TextFiles
+from data.tokenizer import Bpe, Bytes, TokenizerFile
 
-__all__ = ["Batch", "Corpus", "PythonDocs"]
+__all__ = [
+    "Batch",
+    "Bpe",
+    "Bytes",
+    "Corpus",
+    "Fail",
+    "PythonDocs",
+    "Skip",
+    "Split",
+    "TextFiles",
+    "TokenizerFile",
+]

@@ -1,32 +1,74 @@
-"""A corpus: documents as bytes, split in training and validation, and batches by sample number."""
+"""A corpus: token streams, one per split, and batches of them by sample number."""
 
-import functools
 import gzip
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.packing import Batch, pack, window_count
+from data.order import Order, Windows, shuffled
+from data.packing import Batch, Window, cut, pack, window_count
+from data.tokenizer import ByteTokenizer, Tokenizer
 
-END_OF_DOCUMENT = 256
-VOCAB_SIZE = 257
-"""The 256 bytes and the end of document."""
+GZIP_BYTES = 16_000_000
+"""The most text that is compressed as a yardstick: `gzip -9` takes about a second for it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """One stream of tokens, each document followed by an end of document."""
+
+    tokens_N: np.ndarray
+    """The stream, an integer array or memory map [N]."""
+    documents: int
+    """How many it holds."""
+    bytes: int
+    """Of text in UTF-8, ends of documents not counted: what bits per byte are divided by."""
+    end_of_document: int
+    """The token behind each document."""
+    isolate_documents: bool
+    """Whether positions restart and attention stays inside a document."""
+
+    def windows(self, sequence_length: int) -> int:
+        """How many windows of this length cover the stream. Raises: ValueError for a length below 1."""
+        _check_sequence_length(sequence_length)
+        return window_count(len(self.tokens_N), sequence_length)
+
+    def batch(self, windows_B: np.ndarray | Sequence[int], sequence_length: int) -> Batch:
+        """The windows of these numbers (int [B]), in the order of the text; the stream's last one is padded.
+
+        Raises:
+          ValueError: a sequence length below 1, or a window that is not there.
+        """
+        count = self.windows(sequence_length)
+        for window in windows_B:
+            if not 0 <= window < count:
+                raise ValueError(f"there is no window {window}: this split has {count}, counted from 0.")
+        return self.pack([cut(self.tokens_N, int(window), sequence_length) for window in windows_B])
+
+    def pack(self, windows: Sequence[Window]) -> Batch:
+        """Windows as `packing.cut` makes them, as a batch."""
+        return pack(windows, end_of_document=self.end_of_document, isolate_documents=self.isolate_documents)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Two streams of byte tokens, each document followed by `END_OF_DOCUMENT`. `from_documents` makes one."""
+    """Tokens to train on and to measure with. `from_documents` makes one in memory, `TextFiles.load` opens shards."""
 
     source: str
     """What the text is, for people."""
     isolate_documents: bool
     """Whether positions restart and attention stays inside a document."""
-    train_tokens_N: np.ndarray
-    """Training stream, uint16 [N]."""
-    validation_tokens_N: np.ndarray
-    """Validation stream, uint16 [N]."""
+    tokenizer: Tokenizer
+    """Text to tokens and back."""
+    splits: Mapping[str, Split]
+    """"train" and, where there is one, "validation" and "test"."""
+    digest: str
+    """16 hexadecimal digits that change with any token of any split, and with the tokenizer."""
+    gzip_bits_per_byte: float | None
+    """What `gzip -9` needs for the validation text: a model that does worse has learned little. None: too much text."""
+    _orders: dict[tuple[int, int], Order] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_documents(
@@ -37,7 +79,7 @@ class Corpus:
         validation_fraction: float,
         isolate_documents: bool,
     ) -> "Corpus":
-        """Splits `documents` (name -> text) and concatenates each split in the order of names.
+        """Splits `documents` (name -> text) and concatenates each split in the order of names, bytes as tokens.
 
         A hash of its name alone decides where a document goes, so that adding others moves none. Characters
         that UTF-8 cannot hold (lone surrogates) become "?".
@@ -45,76 +87,84 @@ class Corpus:
         Raises:
           ValueError: one of the two splits is empty.
         """
-        train, validation = [], []
+        texts: dict[str, list[bytes]] = {"train": [], "validation": []}
         for name in sorted(documents):
-            split = validation if _unit_hash(name) < validation_fraction else train
-            split.append(documents[name])
-        for split, change in ((train, "smaller"), (validation, "larger")):
-            if not split:
+            split = "validation" if _unit_hash(name) < validation_fraction else "train"
+            texts[split].append(documents[name].encode(errors="replace"))
+        for split, change in (("train", "smaller"), ("validation", "larger")):
+            if not texts[split]:
                 raise ValueError(
                     f"data.validation_fraction={validation_fraction} leaves one side of the split of "
                     f"{len(documents)} documents empty; try a {change} one, such as "
                     "data.validation_fraction=0.05."
                 )
+        tokenizer = ByteTokenizer()
+        end = tokenizer.end_of_document
+        splits = {
+            name: Split(
+                tokens_N=_stream(tokenizer, parts),
+                documents=len(parts),
+                bytes=sum(map(len, parts)),
+                end_of_document=end,
+                isolate_documents=isolate_documents,
+            )
+            for name, parts in texts.items()
+        }
+        contents = {name: hashlib.sha256(split.tokens_N.astype("<u2")).hexdigest() for name, split in splits.items()}
+        held_out = b"".join(texts["validation"])
         return cls(
             source=source,
             isolate_documents=isolate_documents,
-            train_tokens_N=_stream(train),
-            validation_tokens_N=_stream(validation),
+            tokenizer=tokenizer,
+            splits=splits,
+            digest=digest(tokenizer, contents),
+            gzip_bits_per_byte=_gzip_bits_per_byte(held_out) if len(held_out) <= GZIP_BYTES else None,
         )
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens; every token is below it."""
-        return VOCAB_SIZE
+        return self.tokenizer.vocab_size
 
     @property
     def train_documents(self) -> int:
         """Documents in the training split."""
-        return int(np.count_nonzero(self.train_tokens_N == END_OF_DOCUMENT))
-
-    @property
-    def validation_documents(self) -> int:
-        """Documents in the validation split."""
-        return int(np.count_nonzero(self.validation_tokens_N == END_OF_DOCUMENT))
+        return self.splits["train"].documents
 
     @property
     def train_bytes(self) -> int:
         """Bytes of training text, ends of documents not counted."""
-        return len(self.train_tokens_N) - self.train_documents
+        return self.splits["train"].bytes
+
+    @property
+    def validation_documents(self) -> int:
+        """Documents in the validation split; 0 where there is none."""
+        return self.splits["validation"].documents if "validation" in self.splits else 0
 
     @property
     def validation_bytes(self) -> int:
         """Bytes of validation text, ends of documents not counted: what bits per byte are divided by."""
-        return len(self.validation_tokens_N) - self.validation_documents
-
-    @property
-    def validation_text(self) -> bytes:
-        """The validation documents end to end; `gzip -9` of it is a yardstick for bits per byte."""
-        tokens_N = self.validation_tokens_N
-        return tokens_N[tokens_N != END_OF_DOCUMENT].astype(np.uint8).tobytes()
-
-    @functools.cached_property
-    def gzip_bits_per_byte(self) -> float:
-        """What `gzip -9` needs for the validation text: a model that does worse has learned little."""
-        return 8 * len(gzip.compress(self.validation_text, 9, mtime=0)) / self.validation_bytes
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """16 hexadecimal digits that change with any byte of either split and with nothing else."""
-        sha256 = hashlib.sha256()
-        for tokens_N in (self.train_tokens_N, self.validation_tokens_N):
-            sha256.update(len(tokens_N).to_bytes(8, "little"))
-            sha256.update(tokens_N.astype("<u2").tobytes())
-        return sha256.hexdigest()[:16]
+        return self.splits["validation"].bytes if "validation" in self.splits else 0
 
     def describe(self) -> str:
         """One line for the banner."""
+        held_out = [
+            f"{split.documents:,}, {split.bytes / 1e6:.2f} MB {'held out' if name == 'validation' else f'to {name}'}"
+            for name, split in self.splits.items()
+            if name != "train"
+        ]
+        train = self.splits["train"]
         return (
-            f"{self.source}: {self.train_documents} documents, {self.train_bytes / 1e6:.2f} MB to train on, "
-            f"{self.validation_documents}, {self.validation_bytes / 1e6:.2f} MB held out; bytes as tokens; "
+            f"{self.source}: {train.documents:,} documents, {train.bytes / 1e6:.2f} MB to train on, "
+            f"{', '.join(held_out) or 'none held out'}; {self._tokens()}; "
             f"documents {'isolated' if self.isolate_documents else 'joined'}; digest {self.digest}"
         )
+
+    def _tokens(self) -> str:
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return "bytes as tokens"
+        tokens = len(self.splits["train"].tokens_N) - self.train_documents
+        return f"{self.train_bytes / max(tokens, 1):.2f} bytes per token of {self.vocab_size:,}"
 
     def train_windows(self, sequence_length: int) -> int:
         """Samples in one epoch.
@@ -122,49 +172,55 @@ class Corpus:
         Raises:
           ValueError: the training split does not fill one window of this length.
         """
-        longest = len(self.train_tokens_N) - 1
-        _check_sequence_length(sequence_length)
+        train = self.splits["train"]
+        windows, longest = train.windows(sequence_length), len(train.tokens_N) - 1
         if sequence_length > longest:
             raise ValueError(
                 f"batch.sequence_length={sequence_length} is longer than the whole training text; "
                 f"try batch.sequence_length={longest} or less."
             )
-        return window_count(len(self.train_tokens_N), sequence_length)
+        return windows
 
-    def train(self, seed: int, first_sample: int, count: int, sequence_length: int) -> Batch:
-        """Samples `first_sample` to `first_sample + count - 1` of the endless training order.
+    def train(self, seed: int, samples_B: np.ndarray, sequence_length: int) -> Batch:
+        """The samples of these numbers (int64 [B], in any order) of the endless training order.
 
-        Sample i is window `epoch_order(seed, i // windows, windows)[i % windows]`, whatever the batch, the
-        host or the number of either. Over an epoch each training token but the first is a target once;
+        A sample is a function of (seed, text, number), whatever the batch, the process or the number of
+        either. Over an epoch, `train_windows` samples, each training token but the first is a target once;
         `packing.pack` says which of them weigh 0.
 
         Raises:
-          ValueError: a negative argument, or a sequence longer than the training text.
+          ValueError: a negative seed or sample, or a sequence longer than the training text.
         """
-        for name, value, least in (("seed", seed, 0), ("first_sample", first_sample, 0), ("count", count, 1)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be an integer >= {least}; try {name}={least}.")
-        windows = self.train_windows(sequence_length)
-        pieces, sample, end = [], int(first_sample), int(first_sample) + int(count)
-        while sample < end:
-            epoch, offset = divmod(sample, windows)
-            pieces.append(epoch_order(seed, epoch, windows)[offset : offset + end - sample])
-            sample += len(pieces[-1])
-        return self._pack(self.train_tokens_N, np.concatenate(pieces), sequence_length)
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be an integer >= 0; try seed=0.")
+        samples = [int(sample) for sample in samples_B]
+        if not samples or min(samples) < 0:
+            raise ValueError(f"samples_B={samples[:3]}... must hold at least one number, and none below 0.")
+        self.train_windows(sequence_length)
+        order = self._order(seed, sequence_length)
+        return self.splits["train"].pack([order[sample] for sample in samples])
+
+    def _order(self, seed: int, sequence_length: int) -> Order:
+        key = (seed, sequence_length)
+        if key not in self._orders:
+            self._orders[key] = shuffled(Windows(self.splits["train"].tokens_N, sequence_length), seed)
+        return self._orders[key]
 
     def validation(self, sequence_length: int) -> Batch:
         """All validation windows, in the order of the text; the last one is padded.
 
         Raises:
-          ValueError: a sequence length below 1.
+          ValueError: a sequence length below 1, or no validation split.
         """
         _check_sequence_length(sequence_length)
-        windows = window_count(len(self.validation_tokens_N), sequence_length)
-        return self._pack(self.validation_tokens_N, np.arange(windows), sequence_length)
+        if "validation" not in self.splits:
+            raise ValueError(f"{self.source} holds no text out for validation; give data.split a second number.")
+        split = self.splits["validation"]
+        return split.batch(np.arange(split.windows(sequence_length)), sequence_length)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without an end of document."""
-        return list(_utf8(text))
+        return self.tokenizer.encode(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of tokens: an end of document becomes a newline, bytes that are not UTF-8 become U+FFFD.
@@ -172,32 +228,13 @@ class Corpus:
         Raises:
           ValueError: a token outside the vocabulary.
         """
-        tokens = [int(token) for token in tokens]
-        if any(not 0 <= token < VOCAB_SIZE for token in tokens):
-            raise ValueError(f"tokens to decode must lie in 0..{VOCAB_SIZE - 1}.")
-        text = bytes(ord("\n") if token == END_OF_DOCUMENT else token for token in tokens)
-        return text.decode(errors="replace")
-
-    def _pack(self, stream_N: np.ndarray, windows_B: np.ndarray, sequence_length: int) -> Batch:
-        return pack(
-            stream_N,
-            windows_B,
-            sequence_length=sequence_length,
-            end_of_document=END_OF_DOCUMENT,
-            isolate_documents=self.isolate_documents,
-        )
+        return self.tokenizer.decode(tokens)
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
-    """The order of an epoch: a permutation of 0..windows-1, int64 [windows], read-only.
-
-    It sorts raw Philox output, which numpy keeps equal in all versions, unlike `Generator.permutation`.
-    """
-    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,)))
-    order = np.argsort(bits.random_raw(windows), kind="stable")
-    order.flags.writeable = False
-    return order
+def digest(tokenizer: Tokenizer, contents: Mapping[str, str]) -> str:
+    """16 hexadecimal digits of a tokenizer and of the splits' contents (split name -> a hash)."""
+    lines = [f"tokenizer {tokenizer.digest}", *(f"{name} {content}" for name, content in sorted(contents.items()))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _unit_hash(name: str) -> float:
@@ -205,18 +242,13 @@ def _unit_hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
-def _utf8(text: str) -> bytes:
-    return text.encode(errors="replace")
+def _stream(tokenizer: ByteTokenizer, documents: Iterable[bytes]) -> np.ndarray:
+    end = np.array([tokenizer.end_of_document], np.uint16)
+    return np.concatenate([piece for tokens in tokenizer.encode_batch(documents) for piece in (tokens, end)])
 
 
-def _stream(texts: Iterable[str]) -> np.ndarray:
-    pieces = []
-    for text in texts:
-        pieces += [
-            np.frombuffer(_utf8(text), np.uint8).astype(np.uint16),
-            np.array([END_OF_DOCUMENT], np.uint16),
-        ]
-    return np.concatenate(pieces)
+def _gzip_bits_per_byte(text: bytes) -> float | None:
+    return 8 * len(gzip.compress(text, 9, mtime=0)) / len(text) if text else None
 
 
 def _check_sequence_length(sequence_length: int) -> None:

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.corpus import VOCAB_SIZE, Corpus
+from data.corpus import Corpus
+from data.tokenizer import Bytes
 
 UNDOCUMENTED = frozenset({"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"})
 """Packages that are tables, applications or dead: an eighth of the parsing time, little to read."""
@@ -38,12 +39,16 @@ class PythonDocs:
     @property
     def vocab_size(self) -> int:
         """Number of tokens, known without loading."""
-        return VOCAB_SIZE
+        return Bytes().vocab_size
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""
         if not 0 < self.validation_fraction < 1:
             yield "validation_fraction", "must lie strictly between 0 and 1; try 0.05"
+
+    def is_prepared(self) -> bool:
+        """Whether `load` will do: always, there is nothing to write first."""
+        return True
 
     def load(self) -> Corpus:
         """Reads the documentation, in 1 to 3 seconds; the same corpus each time on one installation.

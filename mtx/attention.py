@@ -4,18 +4,19 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.nn import initializers
 
 from mtx.errors import ConfigError, Problem
 from mtx.layers import Context, Rotary, add_bias, vector, weight
 from mtx.spmd import ManualDoors
 from pallas_kernels.masks import Mask
-from pallas_kernels.plain_attention import plain_attention
+from pallas_kernels.plain_attention import cached_attention, plain_attention
 
 log = logging.getLogger("mtx")
 
@@ -45,6 +46,24 @@ class AttentionConfig:
             yield "head_size", "must be at least 1"
 
 
+class Cache(NamedTuple):
+    """What attention keeps of earlier tokens: the keys, rotated already, and values of every layer, by slot."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+
+    def write(self, layer: jax.Array | int, slot: jax.Array | int, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Cache":
+        """T slots of one layer replaced, from `slot`."""
+        at = tuple(jnp.asarray(i, jnp.int32) for i in (layer, 0, slot, 0, 0))
+        new = (x_BTKH.astype(self.k_LBSKH.dtype)[None] for x_BTKH in (k_BTKH, v_BTKH))
+        return Cache(*(lax.dynamic_update_slice(old, x, at) for old, x in zip(self, new, strict=True)))
+
+    def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """k_BSKH and v_BSKH of one layer."""
+        k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(x_LBSKH, layer, keepdims=False) for x_LBSKH in self)
+        return k_BSKH, v_BSKH
+
+
 class Attention(nnx.Module):
     """Self-attention with one column projection for queries, keys and values, and one row projection."""
 
@@ -69,8 +88,22 @@ class Attention(nnx.Module):
         self.out_NHD = weight(rngs, "NHD", (N, H, D), initializers.normal(out_std))
         self.out_bias_D = vector(rngs, "D", (D,), 0.0) if bias else None
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """x_BTD of the residual stream -> its update, before dropout."""
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """x_BTD of the residual stream -> its update, before dropout, and the cache with these tokens in it."""
+        q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, context)
+        if cache is not None:
+            assert context.seen_BTS is not None
+            cache = cache.write(context.layer, context.slot, k_BTKH, v_BTKH)
+            scale = q_BTNH.shape[-1] ** -0.5
+            out_BTNH = cached_attention(q_BTNH, *cache.read(context.layer), context.seen_BTS, scale=scale)
+        else:
+            out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, context)
+        return add_bias(context.doors.project("BTNH,NHD->BTD", out_BTNH, self.out_NHD), self.out_bias_D), cache
+
+    def _heads(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries BTNH, keys BTKH and values BTKH."""
         project = context.doors.project
         qkv_BTKGH = add_bias(project("BTD,DKGH->BTKGH", x_BTD, self.qkv_DKGH), self.bias_KGH)
         q_BTKGH, k_BTKH, v_BTKH = qkv_BTKGH[..., :-2, :], qkv_BTKGH[..., -2, :], qkv_BTKGH[..., -1, :]
@@ -79,14 +112,15 @@ class Attention(nnx.Module):
         if self.rotary is not None:
             q_BTNH = self.rotary.rotate(q_BTNH, context.position_BT)
             k_BTKH = self.rotary.rotate(k_BTKH, context.position_BT)
+        return q_BTNH, k_BTKH, v_BTKH
 
+    def _attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, context: Context) -> jax.Array:
         def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
             return attention(q_BTNH, k_BTKH, v_BTKH, context, dropout=self.dropout, backend=self.config.backend)
 
         if self.remat:
             attend = jax.checkpoint(attend, prevent_cse=context.doors.unrolled)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
-        return add_bias(project("BTNH,NHD->BTD", out_BTNH, self.out_NHD), self.out_bias_D)
+        return attend(q_BTNH, k_BTKH, v_BTKH)
 
 
 def attention(

@@ -1,4 +1,14 @@
-"""Sampling text from a model: one forward pass per token, the whole row each time."""
+"""Text from a model: the prompts in one pass, then a token at a time with a cache of keys and values.
+
+Slots of the cache: the prompts but for their last tokens, padded on the right to a common length, then one
+slot per step that all rows write together. A row's positions are its own, so slots and positions differ;
+which slots a row sees is said explicitly.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -6,47 +16,270 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mtx.model import Batch
-from mtx.step import Program, TrainState
+from mtx.attention import Cache
+from mtx.errors import ConfigError, Problem
+from mtx.layers import Learned
+from mtx.layout import RESIDUAL_TIME, BoundLayout
+from mtx.spmd import Doors, Params
+from mtx.step import Program
+from pallas_kernels.threefry import threefry2x32
 
-TEMPERATURE = 0.8
+NEVER = -1e30
+"""Logit of a token that must not be sampled: finite, so that no NaN can come of it."""
+SAMPLING = np.uint32(2)
+"""Keeps these random words apart from dropout's (`step.sequence_keys`) at an equal seed."""
 
 
-def sample(
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn: logits divided by the temperature, then top_k, then top_p of what is left."""
+
+    temperature: float = 0.8
+    """0 takes the most probable token."""
+    top_k: int | None = None
+    """Only the k most probable tokens."""
+    top_p: float | None = None
+    """Only the most probable tokens that together reach this probability (Holtzman et al. 2020)."""
+
+    def check(self) -> Iterator[Problem]:
+        if not 0.0 <= self.temperature < float("inf"):
+            yield "temperature", "must be a finite number and at least 0; 0 takes the most probable token"
+        if self.top_k is not None and self.top_k < 1:
+            yield "top_k", "must be at least 1"
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            yield "top_p", "must be above 0 and at most 1"
+
+
+class Prompts(NamedTuple):
+    """What a compiled call reads: rows of right-padded tokens, of all batch shards together."""
+
+    tokens_BT: jax.Array
+    """Prompts without their last tokens."""
+    last_B: jax.Array
+    length_B: jax.Array
+    """Tokens of each prompt, the last one included; 0 is a row without a prompt."""
+    number_B: jax.Array
+    """uint32: which prompt of the call this is."""
+
+
+def generate(
     program: Program,
-    state: TrainState,
-    prompt: list[int],
-    length: int,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
     *,
-    time: int,
+    tokens: int,
+    sampling: Sampling = Sampling(),
     seed: int = 0,
-) -> np.ndarray:
-    """`length` tokens that begin with `prompt`, made in rows of `time` tokens (at least `length`).
+    stop: int | None = None,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Up to `tokens` new tokens after each prompt, which is one document; they end before a `stop`.
 
-    Equal on every mesh up to rounding: each token's key depends on (seed, position) alone.
+    Only tokens below `vocab_size` are made: those of a tokenizer that has fewer than the model (None: the model's).
+    A token's randomness depends on (seed, number of the prompt, position) alone: mesh, padding and the other
+    prompts change it by rounding at most. Compiled once per program, sampling and power of two of each of rows
+    per batch shard, prompt length and new tokens.
+
+    Raises: ConfigError if the model is no decoder, if its table of positions is too short, or for `sampling`.
     """
-    assert program.model.config.causal
-    assert 0 < len(prompt) <= length <= time
-    rows = program.layout.size(*program.layout.batch_axes)
-    start = np.zeros((rows, time), np.int32)
-    start[:, : len(prompt)] = prompt
-    position = np.broadcast_to(np.arange(time, dtype=np.int32), start.shape)
-    ones = np.ones_like(start)
-    arrays = {"tokens": start, "targets": start, "weights": ones.astype(np.float32), "segments": ones}
-    fixed = program.place(arrays | {"positions": position}, program.rows_spec)
-
-    @jax.jit
-    def fill(state: TrainState, fixed: Batch) -> jax.Array:
-        def body(i: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-            logits_BTV = program.logits(state, fixed._replace(tokens=tokens_BT), i - 1)
-            logits_V = jax.reshard(logits_BTV, P(None, None, None))[0, 0, : program.model.config.vocab_size]
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            token = jax.random.categorical(key, logits_V / TEMPERATURE).astype(jnp.int32)
-            column = jax.reshard(jnp.full((rows, 1), token), program.rows_spec)
-            return lax.dynamic_update_slice_in_dim(tokens_BT, column, i, axis=1)
-
-        tokens_BT = lax.fori_loop(len(prompt), length, body, fixed.tokens)
-        return jax.reshard(tokens_BT, P(None, None))[0, :length]
-
+    refuse(program, [len(prompt) for prompt in prompts], tokens, sampling)
+    known = program.model.config.vocab_size
+    assert all(0 <= token < known for prompt in prompts for token in prompt)
+    if not prompts:
+        return []
+    arrays = _arrange(prompts, program.layout.size(*program.layout.batch_axes))
     with jax.set_mesh(program.mesh):
-        return np.asarray(fill(state, fixed))
+        placed = Prompts(*(_put(program, x) for x in arrays))
+        count, end = np.int32(tokens), np.int32(-1 if stop is None else stop)
+        decode = compiled(program, sampling, power_of_two(tokens), min(vocab_size or known, known))
+        out_BT = decode(params, placed, count, np.uint32(seed), end)
+        rows = np.asarray(out_BT)[: len(prompts), :tokens].tolist()
+    return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def refuse(program: Program, lengths: Sequence[int], tokens: int, sampling: Sampling) -> None:
+    """Raises: ConfigError for what `generate` cannot do."""
+    config = program.model.config
+    for field, why in sampling.check():
+        raise ConfigError(f"{field}={getattr(sampling, field)} {why}.")
+    if tokens < 1:
+        raise ConfigError(f"tokens={tokens} must be at least 1.")
+    if not config.causal:
+        raise ConfigError(
+            "model.causal=false is an encoder, which cannot continue a text; train with model.causal=true."
+        )
+    assert all(lengths), "a prompt has at least one token"
+    longest = max(lengths, default=0)
+    if isinstance(config.positions, Learned) and longest + tokens > (table := config.positions.length):
+        fits = f"at most {table - longest} tokens" if longest < table else f"a prompt below {table} tokens"
+        raise ConfigError(
+            f"a prompt of {longest} tokens and {tokens} new ones do not fit the table of positions "
+            f"(model.positions.length={table}); try {fits}."
+        )
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that holds `size`; 0 holds 0."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def _arrange(prompts: Sequence[Sequence[int]], shards: int) -> tuple[np.ndarray, ...]:
+    """`Prompts` on the host, each size a power of two (rows: for each batch shard)."""
+    rows = shards * power_of_two(-(-len(prompts) // shards))
+    length_B, last_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    tokens_BT = np.zeros((rows, power_of_two(max(map(len, prompts)) - 1)), np.int32)
+    for row, prompt in enumerate(prompts):
+        length_B[row], last_B[row] = len(prompt), prompt[-1]
+        tokens_BT[row, : len(prompt) - 1] = prompt[:-1]
+    return tokens_BT, last_B, length_B, np.arange(rows, dtype=np.uint32)
+
+
+def _put(program: Program, x: np.ndarray) -> jax.Array:
+    """A host array, alike on every process, split by its rows."""
+    rows = program.layout.activation("B" if x.ndim == 1 else "BT")
+    return jax.make_array_from_callback(x.shape, program.sharding(rows), lambda index: x[index])
+
+
+Decode: TypeAlias = Callable[[Params, Prompts, np.int32, np.uint32, np.int32], jax.Array]
+"""(params, prompts, new tokens, seed, stop or -1) -> tokens_BT, whole on every device."""
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(program: Program, sampling: Sampling, most: int, vocab_size: int) -> Decode:
+    """The jitted call for up to `most` new tokens, all below `vocab_size`; call it under `jax.set_mesh`."""
+    program = replace(program, layout=whole_time(program.layout))
+    specs: list[Any] = [program.layout.activation(letters) for letters in ("BT", "B", "B", "B")]
+    specs = [program.stored_specs, Prompts(*specs), P(), P(), P()]
+
+    def decode(params: Params, prompts: Prompts, count: jax.Array, seed: jax.Array, stop: jax.Array) -> jax.Array:
+        run = functools.partial(_decode, program, sampling, most, vocab_size)
+        with program.exact():
+            out_BT = program.mapped(run, tuple(specs), program.rows_spec)(params, prompts, count, seed, stop)
+        return jax.reshard(out_BT, P(None, None))
+
+    return jax.jit(decode)
+
+
+def whole_time(layout: BoundLayout) -> BoundLayout:
+    """The layout without sequence parallelism: the same stored weights, but one token cannot be split."""
+    rows = tuple(
+        replace(row, activations=()) if row.dimension == RESIDUAL_TIME else row for row in layout.layout.table()
+    )
+    return replace(layout, layout=replace(layout.layout, sequence_parallel=False, rows=rows))
+
+
+class Loop(NamedTuple):
+    """What a step changes."""
+
+    step: jax.Array
+    token_B: jax.Array
+    """The newest token of each row, not in the cache yet."""
+    cache: Cache
+    out_BT: jax.Array
+    done_B: jax.Array
+    running: jax.Array
+    """How many rows, on every mesh rank alike, are not done: all must leave the loop together."""
+
+
+def _decode(
+    program: Program,
+    sampling: Sampling,
+    most: int,
+    vocab_size: int,
+    params: Params,
+    prompts: Prompts,
+    count: jax.Array,
+    seed: jax.Array,
+    stop: jax.Array,
+) -> jax.Array:
+    """out_BT of this rank's rows, inside the Manual region where there is one."""
+    doors, model = program.doors(), program.model
+    params = program.use(doors, params)
+    shards = 1 if doors.global_shapes else program.layout.size(*program.layout.batch_axes)
+    rows, filled = prompts.tokens_BT.shape[0] * shards, prompts.tokens_BT.shape[1]
+
+    def step(now: Loop) -> Loop:
+        position_B = jnp.maximum(prompts.length_B - 1, 0) + now.step
+        slot, seen_BTS = filled + now.step, _seen(prompts.length_B, filled, now.step, most)
+        h_BTD, cache = model.cached(params, now.token_B[:, None], position_B[:, None], seen_BTS, slot, now.cache, doors)
+        logits_BV = _next_logits(program, params, h_BTD, doors)[:, :vocab_size]
+        token_B = draw(sampling, logits_BV, seed, prompts.number_B, position_B + 1)
+        out_BT = lax.dynamic_update_slice_in_dim(now.out_BT, token_B[:, None], now.step, axis=1)
+        done_B = now.done_B | (token_B == stop)
+        return Loop(now.step + 1, token_B, cache, out_BT, done_B, _count(doors, ~done_B))
+
+    cache = _prefill(program, params, prompts, model.cache(rows, filled + most, doors), doors)
+    done_B = prompts.length_B == 0
+    start = Loop(
+        step=jnp.zeros((), jnp.int32),
+        token_B=prompts.last_B,
+        cache=cache,
+        out_BT=doors.zeros("BT", (rows, most), jnp.int32),
+        done_B=done_B,
+        running=_count(doors, ~done_B),
+    )
+    return lax.while_loop(lambda now: (now.step < count) & (now.running > 0), step, start).out_BT
+
+
+def _count(doors: Doors, where_B: jax.Array) -> jax.Array:
+    return doors.sum_over("B", jnp.sum(where_B, dtype=jnp.int32))
+
+
+def _prefill(program: Program, params: Params, prompts: Prompts, cache: Cache, doors: Doors) -> Cache:
+    """The cache with all of the prompts but their last tokens. Padding is computed and never seen."""
+    time, slots = prompts.tokens_BT.shape[1], cache.k_LBSKH.shape[2]
+    if time == 0:
+        return cache
+    i_T, last_B1 = jnp.arange(time), jnp.maximum(prompts.length_B - 1, 0)[:, None]
+    position_BT = jnp.minimum(i_T[None], last_B1)  # padding may reach beyond a learned table
+    seen_BTS = (i_T[:, None] >= jnp.arange(slots)[None, :])[None]
+    _, cache = program.model.cached(params, prompts.tokens_BT, position_BT, seen_BTS, 0, cache, doors)
+    return cache
+
+
+def _seen(length_B: jax.Array, filled: int, step: jax.Array, most: int) -> jax.Array:
+    """Slots that a row's new token sees, bool_BTS with one query: its prompt, what was made of it, itself."""
+    s_S = jnp.arange(filled + most)[None]
+    prompt = s_S < jnp.minimum(length_B - 1, filled)[:, None]
+    return (prompt | ((s_S >= filled) & (s_S <= filled + step)))[:, None]
+
+
+def _next_logits(program: Program, params: Params, h_BTD: jax.Array, doors: Doors) -> jax.Array:
+    """Logits_BV of the one token of each row, over the padded vocabulary, alike on all `model` ranks."""
+    return doors.whole_vocabulary(program.model.unembed(params, h_BTD, doors))[:, 0]
+
+
+def draw(
+    sampling: Sampling, logits_BV: jax.Array, seed: jax.Array, number_B: jax.Array, position_B: jax.Array
+) -> jax.Array:
+    """token_B at these positions: the largest logit plus Gumbel noise, which is a sample of the softmax."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = keep(sampling, logits_BV / sampling.temperature)
+    return jnp.argmax(logits_BV + gumbel(logits_BV, seed, number_B, position_B), axis=-1).astype(jnp.int32)
+
+
+def keep(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
+    """Logits with those that top_k and top_p refuse at `NEVER`. What equals the last kept one is kept."""
+    V = logits_BV.shape[-1]
+    if sampling.top_k is not None and sampling.top_k < V:
+        least_B1 = jnp.sort(logits_BV, axis=-1)[:, V - sampling.top_k, None]
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, NEVER)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        falling_BV = -jnp.sort(-logits_BV, axis=-1)
+        p_BV = jax.nn.softmax(falling_BV, axis=-1)
+        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+        kept_BV = jnp.where(before_BV < sampling.top_p, falling_BV, jnp.inf)  # the first always: 0 is before it
+        least_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, NEVER)
+    return logits_BV
+
+
+def gumbel(logits_BV: jax.Array, seed: jax.Array, number_B: jax.Array, position_B: jax.Array) -> jax.Array:
+    """Standard Gumbel noise_BV, each a function of (seed, prompt number, position, token) alone."""
+    key = threefry2x32((seed, SAMPLING), (number_B, position_B.astype(jnp.uint32)))
+    v_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.uint32)
+    high, low = threefry2x32((key[0][:, None], key[1][:, None]), (v_V, jnp.zeros_like(v_V)))
+    # Small numbers decide who wins, so they get their 24 bits too: 64 random bits, read as a fraction in (0, 1).
+    fraction = (high.astype(jnp.float32) + (low.astype(jnp.float32) + 0.5) * 2.0**-32) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-jnp.minimum(fraction, 1 - 2.0**-24)))

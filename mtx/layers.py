@@ -29,6 +29,10 @@ class Context:
     key_B: Words | None
     """Two uint32 words per sequence, from (seed, global sample index); None without dropout."""
     layer: jax.Array | int = 0
+    seen_BTS: jax.Array | None = None
+    """With a cache: which of its slots each token sees, instead of what mask and segments say."""
+    slot: jax.Array | int = 0
+    """With a cache: where the keys and values of the first token go; the others' follow."""
 
     def key(self, purpose: Literal["embedding", "attention", "attention_out", "mlp_out"]) -> Words:
         """Words per sequence for one use of randomness in this layer."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from mtx.attention import Attention, AttentionConfig
+from mtx.attention import Attention, AttentionConfig, Cache
 from mtx.errors import Problem
 from mtx.layers import (
     Context,
@@ -129,10 +129,10 @@ class Ends(nnx.Module):
         if not config.tied_head:
             self.head_VD = weight(rngs, "VD", (V, D), init)
 
-    def embed(self, batch: Batch, context: Context) -> jax.Array:
-        x_BTD = context.doors.embed(batch.tokens, self.token_VD)
+    def embed(self, token_BT: jax.Array, context: Context) -> jax.Array:
+        x_BTD = context.doors.embed(token_BT, self.token_VD)
         if isinstance(self.config.positions, Learned):
-            x_BTD = x_BTD + context.doors.embed(batch.positions, self.position_CD)
+            x_BTD = x_BTD + context.doors.embed(context.position_BT, self.position_CD)
         return dropout(x_BTD, self.config.dropout, context, "embedding")
 
     @property
@@ -163,11 +163,13 @@ class Block(nnx.Module):
         self.norm_mlp = config.norm.build(config.width, rngs)
         self.mlp = Mlp(config.mlp, config.width, config.bias, std, out_std, rngs)
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        y_BTD = self.attention(self.norm_attention(x_BTD), context)
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        y_BTD, cache = self.attention(self.norm_attention(x_BTD), context, cache)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, context, "attention_out")
         y_BTD = self.mlp(self.norm_mlp(x_BTD), context)
-        return x_BTD + dropout(y_BTD, self.dropout, context, "mlp_out")
+        return x_BTD + dropout(y_BTD, self.dropout, context, "mlp_out"), cache
 
 
 class Model:
@@ -206,11 +208,12 @@ class Model:
 
         def layer(x_BTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
             block_params, i = xs
-            return _merge(self._block, block_params)(x_BTD, replace(context, layer=i)), None
+            x_BTD, _ = _merge(self._block, block_params)(x_BTD, replace(context, layer=i))
+            return x_BTD, None
 
         if config.remat == "full":
             layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
-        x_BTD = ends.embed(batch, context)
+        x_BTD = ends.embed(batch.tokens, context)
         layers = jnp.arange(config.layers)
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (params["layers"], layers), unroll=config.unroll)
         return ends.norm(x_BTD)
@@ -219,16 +222,45 @@ class Model:
         """The output projection, token_VD or its own."""
         return _merge(self._ends, params["ends"]).head
 
-    def logits(
-        self, params: Params, batch: Batch, doors: Doors, mask: Mask, position: jax.Array | None = None
-    ) -> jax.Array:
-        """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it); at one position, T is 1."""
-        h_BTD = self.hidden(params, batch, doors, mask, None)
+    def logits(self, params: Params, batch: Batch, doors: Doors, mask: Mask) -> jax.Array:
+        """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it)."""
+        return self.unembed(params, self.hidden(params, batch, doors, mask, None), doors)
+
+    def unembed(self, params: Params, h_BTD: jax.Array, doors: Doors) -> jax.Array:
+        """Float32 logits_BTV of `hidden`'s result."""
         if doors.split("V"):
             h_BTD = doors.enter(h_BTD)
-        if position is not None:
-            h_BTD = jax.lax.dynamic_slice_in_dim(h_BTD, position, 1, axis=1)
         return doors.local_einsum("BTD,VD->BTV", h_BTD, doors.gather_for_use(self.head(params)), jnp.float32)
+
+    def cache(self, rows: int, slots: int, doors: Doors) -> Cache:
+        """An empty cache for B rows, of all batch shards together, and S slots."""
+        attention = self.config.attention
+        shape = (self.config.layers, rows, slots, attention.kv_heads or attention.heads, self.config.head_size)
+        return Cache(*(doors.zeros("LBSKH", shape, doors.compute) for _ in Cache._fields))
+
+    def cached(
+        self,
+        params: Params,
+        token_BT: jax.Array,
+        position_BT: jax.Array,
+        seen_BTS: jax.Array,
+        slot: jax.Array | int,
+        cache: Cache,
+        doors: Doors,
+    ) -> tuple[jax.Array, Cache]:
+        """`hidden` of T more tokens, which go into the cache from `slot` on and see `seen_BTS` of its slots."""
+        mask = self.mask(documents=False)
+        context = Context(doors, mask, token_BT, position_BT, None, seen_BTS=seen_BTS, slot=slot)
+        ends = _merge(self._ends, params["ends"])
+
+        def layer(carry: tuple[jax.Array, Cache], xs: tuple[Params, jax.Array]) -> tuple[Any, None]:
+            block_params, i = xs
+            return _merge(self._block, block_params)(carry[0], replace(context, layer=i), carry[1]), None
+
+        carry = (ends.embed(token_BT, context), cache)
+        layers = jnp.arange(self.config.layers)
+        (x_BTD, cache), _ = jax.lax.scan(layer, carry, (params["layers"], layers), unroll=self.config.unroll)
+        return ends.norm(x_BTD), cache
 
     def mask(self, documents: bool) -> Mask:
         return Mask(causal=self.config.causal, documents=documents)

@@ -141,6 +141,14 @@ class Doors(abc.ABC):
         """The maximum over the ranks that split this letter. Not differentiated."""
 
     @abc.abstractmethod
+    def whole_vocabulary(self, logits_BTV: jax.Array) -> jax.Array:
+        """Logits with the parts of V that other ranks hold. Not differentiated."""
+
+    @abc.abstractmethod
+    def zeros(self, letters: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """An activation of zeros, split as its letters say; `shape` is the global one."""
+
+    @abc.abstractmethod
     def local_einsum(self, equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
         """An einsum without communication but for batch sums that the lowering may do at once."""
 
@@ -263,6 +271,14 @@ class ManualDoors(Doors):
     def max_over(self, letter: Literal["V"], x: jax.Array) -> jax.Array:
         return lax.pmax(x, axes) if (axes := self._axes(letter)) else x
 
+    def whole_vocabulary(self, logits_BTV: jax.Array) -> jax.Array:
+        axes = self._axes("V")
+        return lax.all_gather(logits_BTV, axes, axis=2, tiled=True) if axes else logits_BTV
+
+    def zeros(self, letters: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        parts = (self.layout.size(*self._axes(letter)) for letter in letters)
+        return jnp.zeros([size // part for size, part in zip(shape, parts, strict=True)], dtype)
+
     def local_einsum(self, equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
         return jnp.einsum(equation, x, y, preferred_element_type=dtype)
 
@@ -327,6 +343,12 @@ class CompiledDoors(Doors):
 
     def max_over(self, letter: Literal["V"], x: jax.Array) -> jax.Array:
         return x
+
+    def whole_vocabulary(self, logits_BTV: jax.Array) -> jax.Array:
+        return jax.reshard(logits_BTV, jax.P(*self.layout.activation("B"), None, None))
+
+    def zeros(self, letters: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.zeros(shape, dtype, out_sharding=self.layout.activation(letters))
 
 
 def _letters(equation: str) -> tuple[str, str, str]:

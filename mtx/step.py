@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -169,11 +170,11 @@ class Program:
         sample_MB = jax.tree.map(lambda x: self._place(x, samples), state.samples.plus(row))
 
         def run(params: Params, batch: Batch, sample_MB: Counter, seed: jax.Array, count: jax.Array):
-            used = self._use(doors, params)
+            used = self.use(doors, params)
             return self._reduce(doors, *self._accumulate(doors, used, batch, sample_MB, seed, count))
 
         specs = (self.stored_specs, self.batch_spec, samples, P(), P())
-        run = self._mapped(run, specs, (self.stored_specs, P()))
+        run = self.mapped(run, specs, (self.stored_specs, P()))
         with self.exact():
             return run(state.params, batch, sample_MB, state.seed, count)
 
@@ -181,7 +182,7 @@ class Program:
     def stored_specs(self) -> Params:
         return map_weights(lambda w: self.layout.spec(w, "weights"), self.weights)
 
-    def _mapped(self, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    def mapped(self, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`run` inside the Manual region, where there is one."""
         if isinstance(self.partition, Compiled) or self.mesh.size == 1:
             return run
@@ -189,16 +190,40 @@ class Program:
 
     def place(self, arrays: Mapping[str, np.ndarray], spec: P) -> Batch:
         """Host arrays, alike on every process, as global ones: a process keeps only its devices' part."""
+        shape = arrays["tokens"].shape
+        rows = {name: x.reshape(-1, x.shape[-1]) for name, x in arrays.items()}
+        return self.place_rows(lambda numbers: {name: x[numbers] for name, x in rows.items()}, shape, spec)
+
+    def place_rows(
+        self, load: Callable[[np.ndarray], Mapping[str, np.ndarray]], shape: Sequence[int], spec: P
+    ) -> Batch:
+        """A global Batch of a shape (..., B, T) of which each process loads only its own rows.
+
+        `load` takes row numbers (int64, counted through the leading dimensions) and returns arrays [rows, T].
+        """
+        sharding, (*lead, B, T) = self.sharding(spec), shape
+        indices = sharding.addressable_devices_indices_map(tuple(shape)).values()
+        held = {index[-2].indices(B)[:2] for index in indices if index is not None}
+        own_B = np.unique(np.concatenate([np.arange(*bounds) for bounds in held]))
+        at_B = np.full(B, -1)
+        at_B[own_B] = np.arange(len(own_B))
+        before = np.arange(math.prod(lead))[:, None] * B
+        arrays = {name: x.reshape(*lead, len(own_B), T) for name, x in load((before + own_B).reshape(-1)).items()}
 
         def one(x: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(x.shape, self.sharding(spec), lambda index: x[index])
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                start, stop, _ = index[-2].indices(B)
+                return x[*index[:-2], slice(at_B[start], at_B[stop - 1] + 1), index[-1]]
+
+            return jax.make_array_from_callback(tuple(shape), sharding, part)
 
         return Batch(**{name: one(arrays[name]) for name in Batch._fields})
 
     def _place(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.reshard(x, spec) if self.mesh.size > 1 else x
 
-    def _use(self, doors: Doors, params: Params) -> Params:
+    def use(self, doors: Doors, params: Params) -> Params:
         """Weights as the layers take them. Stages 1 and 2 gather here, once per step."""
         return params if doors.at_use else map_weights(doors.gather, self.weights, params)
 
@@ -281,26 +306,26 @@ class Program:
         out = (self.state_shardings, None)
         return jax.jit(self.train_step, donate_argnums=0, out_shardings=out)
 
-    def eval_sums(self, state: TrainState, batch: Batch) -> jax.Array:
+    def eval_sums(self, params: Params, batch: Batch) -> jax.Array:
         """(cross entropy in nats, label weight), each summed over a Batch_BT."""
         doors = self.doors()
 
         def run(params: Params, batch: Batch) -> jax.Array:
-            return doors.sum_over("B", self._sums(doors, self._use(doors, params), batch, None)[1:])
+            return doors.sum_over("B", self._sums(doors, self.use(doors, params), batch, None)[1:])
 
         with self.exact():
-            return self._mapped(run, (self.stored_specs, self.rows_spec), P())(state.params, batch)
+            return self.mapped(run, (self.stored_specs, self.rows_spec), P())(params, batch)
 
-    def logits(self, state: TrainState, batch: Batch, position: jax.Array | None = None) -> jax.Array:
-        """Float32 logits_BTV of a Batch_BT over the padded vocabulary; at one position, T is 1."""
+    def logits(self, state: TrainState, batch: Batch) -> jax.Array:
+        """Float32 logits_BTV of a Batch_BT over the padded vocabulary."""
         doors = self.doors()
 
-        def run(params: Params, batch: Batch, position: jax.Array | None) -> jax.Array:
-            return self.model.logits(self._use(doors, params), batch, doors, self.mask, position)
+        def run(params: Params, batch: Batch) -> jax.Array:
+            return self.model.logits(self.use(doors, params), batch, doors, self.mask)
 
-        specs = (self.stored_specs, self.rows_spec, P())
+        specs = (self.stored_specs, self.rows_spec)
         with self.exact():
-            return self._mapped(run, specs, self.layout.activation("BTV"))(state.params, batch, position)
+            return self.mapped(run, specs, self.layout.activation("BTV"))(state.params, batch)
 
 
 def sequence_keys(seed: jax.Array, sample_B: Counter) -> Words:

@@ -2,27 +2,26 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-import main
-from data import PythonDocs
+from data import Bpe, PythonDocs, Skip, TextFiles
 from mtx import config as configs
 from mtx.attention import AttentionConfig
+from mtx.checkpoint import Checkpoints
+from mtx.command import take_verb
 from mtx.config import schema
-from mtx.config.overrides import FLAGS
 from mtx.config.printing import flat
 from mtx.config.root import Config
 from mtx.errors import ConfigError, DeviceError, UserError
 from mtx.layers import Gelu, Llama3Scaling, Rotary, SwiGLU
 from mtx.layout import Layout, Row
 from mtx.mesh import MeshConfig
+from mtx.model import Transformer
 from mtx.optim import AdamW, Cosine, Fraction, Linear, Lion, Sgd, Steps, Tokens
 from mtx.spmd import Compiled
 
@@ -79,6 +78,11 @@ def load(tmp_path):
 
 # What a user gets wrong. (words, hint), on 8 devices; the hint is all that follows but for lists of fields.
 
+TEXT = "data=TextFiles data.paths=texts "
+NOT_A_FILE_SYSTEM = (
+    " is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
+    "Mount the bucket (gcsfuse, mountpoint-s3) and name the mounted folder."
+)
 NEGATIVE_COUNT = "optimizer.schedule.warmup.count=-1 must not be negative."
 MISTAKES = {
     "Config": [
@@ -86,11 +90,35 @@ MISTAKES = {
             "stesp=3",
             "stesp: Config has no field 'stesp'; did you mean steps? Its fields: model, data, batch, optimizer, ",
         ),
-        ("steps=abc", "steps=abc must be an int."),
-        ("steps=1.5", "steps=1.5 must be an int."),
-        ("steps=true", "steps=true must be an int."),
-        ("steps=0", "steps=0 must be at least 1."),
-        ("steps.count=3", "steps.count cannot be set: steps is a single value (int); write steps=3."),
+        ("steps=abc", "steps=abc must be an int or None."),
+        ("steps=1.5", "steps=1.5 must be an int or None."),
+        ("steps=true", "steps=true must be an int or None."),
+        ("steps=0", "steps=0 must be positive."),
+        (
+            "steps=None",
+            "steps=None leaves the run without a length; set one of steps, tokens and epochs, such as steps=1000.",
+        ),
+        ("tokens=2e6", "steps=3 and tokens=2000000 both say how long the run is; try steps=None, or tokens=None."),
+        (
+            "steps=10 tokens=1e6",
+            "steps=10 and tokens=1000000 both say how long the run is; try steps=None, or tokens=None.",
+        ),
+        (
+            "steps=none tokens=1e6 epochs=0.5",
+            "tokens=1000000 and epochs=0.5 both say how long the run is; try tokens=None, or epochs=None.",
+        ),
+        (
+            "tokens=1e6 epochs=0.5",
+            "steps=3 and tokens=1000000 and epochs=0.5 all say how long the run is; try steps=None tokens=None, "
+            "or steps=None epochs=None, or tokens=None epochs=None.",
+        ),
+        ("steps=None tokens=0", "tokens=0 must be positive."),
+        ("steps=None tokens=1.5", "tokens=1.5 must be an int or None."),
+        ("steps=None epochs=-0.5", "epochs=-0.5 must be positive."),
+        ("steps=None epochs=1e999", "epochs=inf must be a finite number."),
+        ("steps=None epochs=all", "epochs=all must be a number or None."),
+        ("token=1e6", "token: Config has no field 'token'; did you mean tokens?"),
+        ("steps.count=3", "steps.count cannot be set: steps is a single value (int | None); write steps=3."),
         ("steps=3 steps=4", "steps is given twice, as 3 and as 4; keep one."),
         ("steps", "there is no verb"),
         ("--steps", "--steps needs a value; write steps=value."),
@@ -98,9 +126,24 @@ MISTAKES = {
         ("log_every=0", "log_every=0 must be at least 1."),
         ("eval_every=-1", "eval_every=-1 must be at least 0; 0 evaluates only at the end."),
         ("sample_tokens=-1", "sample_tokens=-1 must be at least 0; 0 shows no sample."),
-        ("save_every=10", "save_every=10 asks for checkpoints, which are not built yet; set save_every=0."),
-        ("workdir=", "workdir= is empty; name a folder, or None for runs/ and the name of the config file."),
+        ("eval_sequences=-1", "eval_sequences=-1 must be at least 0; 0 evaluates all of the validation split."),
+        ("max_skipped_steps=-1", "max_skipped_steps=-1 must be at least 0; 0 stops at the first."),
+        ("stop_after_minutes=-5", "stop_after_minutes=-5.0 must be at least 0; 0 sets no limit."),
+        # What it was before checkpoints; not eval_every, which is near in letters alone.
+        ("save_every=10", "save_every: Config has no field 'save_every'. Its fields: model, data, "),
+        ("workdir=", "workdir= is empty; name a folder, or None."),
+        ("workdir=gs://b/x", f"workdir=gs://b/x{NOT_A_FILE_SYSTEM}"),
+        ("workdir=s3://b/x", f"workdir=s3://b/x{NOT_A_FILE_SYSTEM}"),
+        ("workdir=S3://b/x", f"workdir=S3://b/x{NOT_A_FILE_SYSTEM}"),
+        ("init_from=", "init_from= is empty; name a folder, or None."),
+        ("init_from=gs://b/x", f"init_from=gs://b/x{NOT_A_FILE_SYSTEM}"),
         ("--device=8", "did you mean --devices?"),
+        ("--frseh", "there is no flag --frseh; did you mean --fresh?"),
+        ("--frseh steps=3", "did you mean --fresh?"),
+        ("fresh=true", "did you mean --fresh?"),
+        ("--accept-change", "there is no flag --accept-change; did you mean --accept-changes?"),
+        ("accept_changes=true", "did you mean --accept-changes?"),
+        ("--mesh", "--mesh needs a value; write mesh=value."),
         ("lr=1e-3", "lr: Config has no field 'lr'; did you mean optimizer.schedule.peak_lr?"),
         ("learning_rate=1e-3", "did you mean optimizer.schedule.peak_lr?"),
         ("modle.width=8", "modle.width: Config has no field 'modle'; did you mean model.width?"),
@@ -289,8 +332,112 @@ MISTAKES = {
         ("precision.compute=fp16", "precision.compute=fp16 must be one of auto, float32, bfloat16."),
     ],
     "PythonDocs": [
-        ("data=Wikipedia", "data=Wikipedia must be a PythonDocs; set its fields: data.isolate_documents, data.valid"),
+        ("data=Wikipedia", "data=Wikipedia must be one of PythonDocs, TextFiles."),
         ("data.validation_fraction=2", "data.validation_fraction=2.0 must lie strictly between 0 and 1; try 0.05."),
+    ],
+    "TextFiles": [
+        ("data=TextFiles", "data=TextFiles needs data.paths=... too."),
+        ("data=textfiles", "data=textfiles must be one of PythonDocs, TextFiles; did you mean TextFiles?"),
+        ("data.paths=texts", "data.paths: PythonDocs has no field 'paths'; TextFiles has it: add data=TextFiles."),
+        (
+            f"{TEXT}data.validation_fraction=0.1",
+            "TextFiles has no field 'validation_fraction'; PythonDocs has it: add data=PythonDocs.",
+        ),
+        ("data=TextFiles data.paths=,", "data.paths=, is empty; name files, folders or globs."),
+        (f"{TEXT}data.path=text", "data.path: TextFiles has no field 'path'; did you mean data.paths?"),
+        (f"{TEXT}data.text_key=", "data.text_key= is empty; name the key that holds the text."),
+        (
+            f"{TEXT}data.split=a,b",
+            "data.split=a,b must be two or three numbers, the first above 0, none below; try 949,50,1 or 1,0.",
+        ),
+        (f"{TEXT}data.split=0,1", "data.split=0,1 must be two or three numbers, the first above 0, none below; try"),
+        (f"{TEXT}data.split=9", "data.split=9 must be two or three numbers, the first above 0, none below; try"),
+        (f"{TEXT}data.cut_text_bytes=-1", "data.cut_text_bytes=-1 must be at least 0; 0 makes each file one document."),
+        (
+            f"{TEXT}data.max_record_bytes=1000",
+            "data.cut_text_bytes=16384 must be at most half of max_record_bytes=1000.",
+        ),
+        (f"{TEXT}data.max_record_bytes=0", "data.max_record_bytes=0 must lie in 1..1073741824; try 33554432."),
+        (f"{TEXT}data.folder=", "data.folder= is empty; name a folder, or None for prepared/ and a hash."),
+        (
+            f"{TEXT}model.vocab_size=256",
+            "model.vocab_size=256 is smaller than the 257 tokens of data=TextFiles; try model.vocab_size=257.",
+        ),
+    ],
+    "Bytes": [
+        (f"{TEXT}data.tokenizer=bytes", "must be one of Bytes, Bpe, TokenizerFile; did you mean Bytes?"),
+        (
+            f"{TEXT}data.tokenizer.vocab_size=300",
+            "data.tokenizer.vocab_size: Bytes has no field 'vocab_size'; Bpe has it: add data.tokenizer=Bpe.",
+        ),
+    ],
+    "Bpe": [
+        (
+            f"{TEXT}data.tokenizer=Bpe",
+            "model.vocab_size=257 is smaller than the 8192 tokens of data=TextFiles; try model.vocab_size=8192.",
+        ),
+        (
+            f"{TEXT}data.tokenizer=Bpe data.tokenizer.vocab_size=256",
+            "data.tokenizer.vocab_size=256 must be at least 257: 256 bytes and the end of document; try 8192.",
+        ),
+    ],
+    "TokenizerFile": [
+        (f"{TEXT}data.tokenizer=TokenizerFile", "data.tokenizer=TokenizerFile needs data.tokenizer.path=... too."),
+        (
+            f"{TEXT}data.tokenizer=TokenizerFile data.tokenizer.path=nope.json",
+            "data.tokenizer.path=nope.json cannot be used: nope.json cannot be read: No such file or directory.",
+        ),
+        (
+            f"{TEXT}data.tokenizer=tokenizer.json",
+            "must be one of Bytes, Bpe, TokenizerFile; did you mean TokenizerFile",
+        ),
+        (
+            f"{TEXT}data.tokenizer.path=tokenizer.json",
+            "Bytes has no field 'path'; TokenizerFile has it: add data.tokenizer=TokenizerFile.",
+        ),
+    ],
+    "Fail": [
+        (f"{TEXT}data.bad_records=fail", "data.bad_records=fail must be one of Fail, Skip; did you mean Fail?"),
+        (
+            f"{TEXT}data.bad_records.budget=5",
+            "data.bad_records.budget: Fail has no field 'budget'; Skip has it: add data.bad_records=Skip.",
+        ),
+    ],
+    "Skip": [
+        (
+            f"{TEXT}data.bad_records=Skip data.bad_records.budget=0",
+            "data.bad_records.budget=0 must be at least 1; data.bad_records=Fail skips none.",
+        ),
+        (
+            f"{TEXT}data.bad_records=Skip data.bad_records.budget=1%",
+            "data.bad_records.budget=1% must be an int.",
+        ),
+    ],
+    "Checkpoints": [
+        (
+            "checkpoints=10",
+            "checkpoints=10 must be a Checkpoints or None; set its fields: checkpoints.every_steps, checkpoints.every_",
+        ),
+        (
+            "checkpoints=None checkpoints.keep=3",
+            "checkpoints.keep cannot be set: checkpoints is None; choose its class too: checkpoints=Checkpoints.",
+        ),
+        ("checkpoints.every=10", "Checkpoints has no field 'every'; did you mean checkpoints.every_steps?"),
+        ("checkpoints.every_steps=-1", "checkpoints.every_steps=-1 must be at least 0."),
+        ("checkpoints.every_minutes=-1", "checkpoints.every_minutes=-1.0 must be at least 0."),
+        ("checkpoints.keep=0", "checkpoints.keep=0 must be at least 1."),
+        ("checkpoints.keep_best=-1", "checkpoints.keep_best=-1 must be at least 0."),
+        (
+            "checkpoints.every_steps=20 checkpoints.keep_every_steps=50",
+            "checkpoints.keep_every_steps=50 must be a multiple of every_steps=20, or no step is both.",
+        ),
+    ],
+    "Reporting": [
+        ("reporting=wandb", "reporting=wandb must be a Reporting; set its fields: reporting.tensorboard, reporting.w"),
+        ("reporting.tensorboard=yes", "reporting.tensorboard=yes must be true or false."),
+        ("reporting.wandb=", "reporting.wandb= is empty; name a project, or None."),
+        ("reporting.trackio=", "reporting.trackio= is empty; name a project, or None."),
+        ("wandb=mtx", "wandb: Config has no field 'wandb'; did you mean reporting.wandb?"),
     ],
 }
 
@@ -357,7 +504,7 @@ def said(load, *arguments) -> str:
 def test_override_mistakes_are_refused_with_a_hint(load, words, hint):
     if words == "steps":  # a bare word is the command line's verb; load alone says what an override looks like
         with pytest.raises(ConfigError, match=hint):
-            main.take_verb(["steps"])
+            take_verb(["steps"])
         hint = "'steps' is not an override; write path=value without spaces, such as steps=100."
     message = said(load, words)
     assert hint in message
@@ -382,7 +529,7 @@ def test_every_config_dataclass_has_a_mistake_in_the_tables():
 def test_a_mesh_that_leaves_devices_idle_is_a_device_error_unless_the_config_is_wrong_too(load):
     with pytest.raises(DeviceError, match=r"mesh.data=4 uses 4 of 8 devices"):
         configs.check(load("mesh.data=4").config, 8)
-    with pytest.raises(ConfigError, match=r"2 problems[^\n]*\nsteps=0 must be at least 1.\nmesh.data=4 uses 4 of 8"):
+    with pytest.raises(ConfigError, match=r"2 problems[^\n]*\nsteps=0 must be positive.\nmesh.data=4 uses 4 of 8"):
         configs.check(load("mesh.data=4 steps=0").config, 8)
     with pytest.raises(ConfigError, match="--devices 0 must be at least 1"):
         configs.check(load().config, 0)
@@ -423,6 +570,16 @@ def test_without_a_device_count_only_what_is_known_of_the_mesh_is_checked(load):
         "mesh.replica=8 mesh.data=1 layout.zero=3 layout.sequence_parallel=True",
         "precision.params=bfloat16",
         "partition=Compiled",
+        "steps=None tokens=2e6",
+        "steps=none epochs=0.5",
+        "checkpoints=None",
+        "checkpoints.every_steps=20 checkpoints.keep_every_steps=100",
+        "checkpoints.every_steps=0 checkpoints.every_minutes=0",
+        "workdir=/mnt/bucket:1/x",
+        "init_from=runs/small/checkpoints/3",
+        TEXT,
+        f"{TEXT}data.split=1,0 data.bad_records=Skip",
+        f"{TEXT}data.tokenizer=Bpe data.tokenizer.vocab_size=257",
     ],
 )
 def test_what_is_legal_or_without_effect_is_not_refused(load, words):
@@ -440,14 +597,100 @@ def test_every_suggested_change_is_itself_legal(load):
         for option in options:
             if "=" not in option:
                 continue
-            path, values = option.split("=", 1) if " mesh" not in option else (None, "")
+            path, values = option.split("=", 1) if option.count("=") == 1 else (None, "")
             changes = [option] if path is None else [f"{path}={value}" for value in values.split(" or ")]
             for change in changes:
                 paths = {pair.partition("=")[0] for pair in change.split()}
                 kept = [word for word in words.split() if word.partition("=")[0] not in paths]
                 configs.check(load(" ".join(kept + change.split())).config, 8)
                 tried += 1
-    assert tried >= 15
+    assert tried >= 35
+
+
+TOKENIZER = {
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 999}, "merges": []},
+    "added_tokens": [{"id": 1000, "content": "</s>", "special": True}],
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "hint"),
+    [
+        (
+            "",
+            TOKENIZER,
+            "model.vocab_size=257 is smaller than the 1001 tokens of data=TextFiles; try model.vocab_size=10",
+        ),
+        ("data.tokenizer.end_of_document=<eos>", TOKENIZER, "has no token '<eos>' among its added tokens (</s>); name"),
+        ("", TOKENIZER | {"added_tokens": []}, "has no usual end of document among its added tokens (none); name one"),
+        (
+            "",
+            {"vocab": {}},
+            "data.tokenizer.path=small.json cannot be used: small.json is no tokenizer.json: it has no",
+        ),
+    ],
+)
+def test_a_tokenizer_s_file_is_looked_at_before_any_device(load, tmp_path, monkeypatch, words, content, hint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    assert hint in said(load, f"{TEXT}data.tokenizer=TokenizerFile data.tokenizer.path=small.json {words}")
+    if content == TOKENIZER and not words:
+        fitting = f"{TEXT}data.tokenizer=TokenizerFile data.tokenizer.path=small.json model.vocab_size=1001"
+        configs.check(load(fitting).config, 8)
+
+
+# How long a run is.
+
+
+def no_data() -> int:
+    raise AssertionError("only epochs need the data")
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ("steps=7", 7),
+        ("steps=None tokens=1", 1),
+        ("steps=None tokens=1023", 1),
+        ("steps=None tokens=1024", 1),
+        ("steps=None tokens=1025", 2),
+        ("steps=None tokens=2e6", 1954),
+        ("steps=None tokens=1e16", 9_765_625_000_000),
+        ("steps=None tokens=10_000_000_000_000_001", 9_765_625_000_001),
+    ],
+)
+def test_a_length_in_steps_or_tokens_rounds_up_to_steps_of_1024_tokens_without_asking_the_data(load, words, steps):
+    assert configs.total_steps(load(words).config, no_data) == steps
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "steps"),
+    [
+        ("1", 32, 2),
+        ("1", 33, 3),
+        ("0.5", 32, 1),
+        ("0.5", 33, 2),
+        ("0.001", 32, 1),
+        ("1.1", 800, 55),  # in floats 1.1 * 800 / 16 > 55
+        ("2.2", 1440, 198),
+        ("3", 2**60, 3 * 2**56),
+        ("1e308", 16, 10**308),
+    ],
+)
+def test_a_length_in_epochs_rounds_up_to_steps_of_16_sequences(load, epochs, samples, steps):
+    config = load(f"steps=None epochs={epochs}").config
+    configs.check(config, 8)
+    assert configs.total_steps(config, lambda: samples) == steps
+
+
+def test_a_file_may_say_its_length_in_any_unit(load):
+    for written, steps in (("tokens=5000", 5), ("epochs=2", 20), ("epochs=0.5", 5)):
+        config = load("", ("steps=3", written)).config
+        configs.check(config, 8)
+        assert configs.total_steps(config, lambda: 160) == steps
+    hint = "steps=4 and epochs=2 both say how long the run is; try steps=None, or epochs=None."
+    assert said(load, "steps=4", ("steps=3", "epochs=2")) == hint
+    assert "leaves the run without a length" in said(load, "", ("steps=3,", ""))
 
 
 # Overrides.
@@ -461,6 +704,15 @@ def test_every_suggested_change_is_itself_legal(load):
         ("--steps=7", "steps", 7),
         ("--mesh.data -1", "mesh.data", -1),
         ("mesh.data=-1", "mesh.data", -1),
+        ("tokens=2e6", "tokens", 2_000_000),
+        ("tokens=None", "tokens", None),
+        ("epochs=0.5", "epochs", 0.5),
+        ("epochs=2", "epochs", 2.0),
+        ("stop_after_minutes=30", "stop_after_minutes", 30.0),
+        ("checkpoints=None", "checkpoints", None),
+        ("checkpoints=Checkpoints checkpoints.keep=5", "checkpoints", Checkpoints(keep=5)),
+        (f"{TEXT}data.split=8,2", "data.split", "8,2"),
+        ("data=TextFiles data.paths=a/*.txt,b=c", "data.paths", "a/*.txt,b=c"),
         ("optimizer.b1=0", "optimizer.b1", 0.0),
         ("optimizer.clip_norm=None", "optimizer.clip_norm", None),
         ("optimizer.clip_norm=2", "optimizer.clip_norm", 2.0),
@@ -506,6 +758,25 @@ def test_a_part_that_may_be_none_is_chosen_and_removed(load):
     edit = ("Learned(length=256)", "Rotary(scaling=Llama3Scaling())")
     assert load("", edit).config.model.positions.scaling == Llama3Scaling()
     assert load("model.positions.scaling=None", edit).config.model.positions == Rotary()
+
+
+def test_another_source_of_data_keeps_what_both_have(load):
+    edit = ("PythonDocs()", "PythonDocs(isolate_documents=False)")
+    words = f"{TEXT}data.tokenizer=Bpe data.bad_records=Skip data.bad_records.budget=7"
+    wanted = TextFiles(paths="texts", tokenizer=Bpe(), bad_records=Skip(budget=7), isolate_documents=False)
+    assert load(words, edit).config.data == wanted
+    assert load("data=PythonDocs", edit).config.data == PythonDocs(isolate_documents=False)
+
+
+def test_a_config_in_hand_is_overridden_as_a_file_is(load):
+    config = load().config
+    assert configs.override(config, []) == config
+    words = "--seed 7 optimizer=Lion mesh.model=2 checkpoints.keep=5"
+    assert configs.override(config, words.split()) == load(words).config
+    with pytest.raises(ConfigError, match=r"^2 problems[^\n]*\nstesp: Config has .*\noptimizer=lion must be one of"):
+        configs.override(config, ["stesp=3", "optimizer=lion"])
+    with pytest.raises(ConfigError, match="'runs/x' is not an override; write path=value"):
+        configs.override(config, ["runs/x"])
 
 
 def test_the_order_of_overrides_does_not_matter(load):
@@ -652,6 +923,9 @@ def test_a_dump_is_json_and_reads_back(load):
     assert configs.read_dump(dumped) == config
     assert config.layout == Layout(rows=(Row(dimension="heads", weights=("model",)),))
     assert configs.differences(dumped, config) == []
+    for words in ("checkpoints=None steps=None epochs=0.5", f"{TEXT}data.tokenizer=Bpe data.bad_records=Skip"):
+        config = load(words).config
+        assert configs.read_dump(json.loads(json.dumps(configs.dump(config)))) == config
 
 
 def test_differences_name_path_and_both_values(load):
@@ -695,10 +969,16 @@ def test_the_run_folder_does_not_need_git(load, tmp_path, monkeypatch):
 
 
 def test_help_lists_every_field_with_type_value_origin_and_help(load):
-    loaded = load("seed=3")
-    text = configs.help_text(loaded)
-    for path in flat(configs.dump(loaded.config)):
-        assert re.search(rf"^{re.escape(path)}(:|$)", text, re.MULTILINE), path
+    for words in (f"{TEXT}data.tokenizer=Bpe data.bad_records=Skip checkpoints=None", "seed=3"):
+        loaded = load(words)
+        text = configs.help_text(loaded)
+        for path in flat(configs.dump(loaded.config)):
+            assert re.search(rf"^{re.escape(path)}(:|$)", text, re.MULTILINE), path
+    assert re.search(rf"^steps: int \| None = 3\s+\S*small.py:{line_of('steps=')}$", text, re.MULTILINE)
+    assert re.search(r"^tokens: int \| None = None +default\n    Tokens to train on, ", text, re.MULTILINE)
+    assert re.search(r"^checkpoints: Checkpoints \| None = Checkpoints +default$", text, re.MULTILINE)
+    assert "TextFiles: Your own text: " in text
+    assert "Fields: paths, text_key=text, tokenizer=Bytes()," in text
     assert re.search(r"^seed: int = 3 +command line\n    Of initial weights, ", text, re.MULTILINE)
     assert re.search(
         rf"^optimizer: AdamW \| Lion \| Sgd = AdamW\s+\S*small.py:{line_of('optimizer=')}$", text, re.MULTILINE
@@ -721,100 +1001,7 @@ def test_load_and_check_are_quick():
     assert time.perf_counter() - started < 1.0
 
 
-# The command line.
-
-
-def run_main(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    """main.py on a platform that does not exist: whatever touches a device fails loudly."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "nowhere"} | environment,
-    )
-
-
-@pytest.mark.parametrize(
-    ("words", "lines"),
-    [
-        (["--config", "configs/quickstart.py", "steps=0"], ["error: steps=0 must be at least 1."]),
-        (
-            ["--config", "configs/quickstart.py", "optimizer=lion", "--mesh.modle", "2"],
-            [
-                "error: 2 problems in the configuration:",
-                "error: optimizer=lion must be",
-                "error: mesh.modle: MeshConfig",
-            ],
-        ),
-        (
-            ["trian", "--config", "configs/quickstart.py"],
-            ["error: there is no verb 'trian'; did you mean train? Verbs:"],
-        ),
-        (
-            ["configs/quickstart.py"],
-            ["error: there is no verb 'configs/quickstart.py'; did you mean --config configs/q"],
-        ),
-        (["steps=3"], ["error: --config FILE is missing; such as --config configs/quickstart.py."]),
-        (["--config"], ["error: argument --config: expected one argument"]),
-        (["--config", "configs/quickstart.py", "--devices", "many"], ["error: argument --devices: invalid int value"]),
-        (
-            ["--config", "configs/quickstart.py", "--processes", "2"],
-            ["error: --coordinator, --processes and --process"],
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_the_command_line_refuses_in_one_line_before_devices(words, lines):
-    done = run_main(*words)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == len(lines)
-    for line, start in zip(done.stderr.splitlines(), lines, strict=True):
-        assert line.startswith(start)
-
-
-def test_devices_that_do_not_fit_exit_with_their_own_code():
-    done = run_main("--config", "configs/quickstart.py", "--devices", "6", "mesh.data=4")
-    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
-    assert done.stderr.startswith("error: mesh.data=4 uses 4 of 6 devices; try mesh.data=6, or ")
-
-
-def test_help_is_quick_and_imports_no_jax():
-    code = "import sys, main; main.main(['main.py', '--help']); assert 'jax' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "verbs:\n  train" in done.stdout
-    assert "--devices N" in done.stdout
-
-
-def test_help_with_a_config_lists_fields_without_devices():
-    done = run_main("--config", "configs/quickstart.py", "--help", "steps=17")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^steps: int = 17 +command line$", done.stdout, re.MULTILINE)
-
-
-def test_devices_replaces_an_existing_count(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=4 --xla_b=2")
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    main.simulate(8)
-    assert os.environ["XLA_FLAGS"].split() == ["--xla_a=1", "--xla_b=2", "--xla_force_host_platform_device_count=8"]
-    assert os.environ["JAX_PLATFORMS"] == "cpu"
-
-
-def test_the_verb_is_the_first_bare_word():
-    words = ["--steps", "3", "train", "seed=1"]
-    assert main.take_verb(words) == "train"
-    assert words == ["--steps", "3", "seed=1"]
-    assert main.take_verb(["--steps", "3"]) == "train"
-    assert main.parser().parse_known_args(["--mesh.data", "-1", "-v", "a.b=1"])[1] == ["--mesh.data", "-1", "a.b=1"]
-
-
-def test_flags_for_near_misses_are_the_parser_s():
-    known = {option for action in main.parser()._actions for option in action.option_strings}
-    assert {f"--{flag}" for flag in FLAGS} == {option for option in known if option.startswith("--")}
+# Other parts.
 
 
 def test_a_cluster_is_whole_or_absent():
@@ -826,10 +1013,6 @@ def test_a_cluster_is_whole_or_absent():
             of(*wrong)
 
 
-def test_main_is_short():
-    assert len((ROOT / "main.py").read_text().splitlines()) <= 80
-
-
 def test_types_that_a_file_can_get_wrong():
     assert schema.fits(1, float)
     assert not schema.fits(True, float)
@@ -837,6 +1020,8 @@ def test_types_that_a_file_can_get_wrong():
     assert not schema.fits(1.0, int)
     assert not schema.fits(True, schema.fields(Layout)["zero"].annotation)
     assert schema.type_name(schema.fields(AttentionConfig)["kv_heads"].annotation) == "int | None"
-    assert schema.expected(schema.fields(Config)["data"].annotation) == f"a {PythonDocs.__name__}"
+    assert schema.expected(schema.fields(Config)["model"].annotation) == f"a {Transformer.__name__}"
+    assert schema.expected(schema.fields(Config)["data"].annotation) == "one of PythonDocs, TextFiles"
+    assert schema.expected(schema.fields(Config)["checkpoints"].annotation) == "a Checkpoints or None"
     assert schema.show(AdamW(b1=0.5)) == "AdamW(b1=0.5)"
     assert schema.show(Gelu(width=3)) == "Gelu(width=3)"

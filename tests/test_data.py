@@ -6,18 +6,19 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data import Corpus, PythonDocs
-from data.corpus import END_OF_DOCUMENT, epoch_order
-from data.packing import pack, window_count
+from data import Batch, Corpus, PythonDocs, Split
+from data.packing import window_count
 from data.python_docs import module_documents, topic_documents
+from data.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-E = END_OF_DOCUMENT
+E = ByteTokenizer.end_of_document
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +30,37 @@ def stream(*documents: str) -> np.ndarray:
     return np.array([token for text in documents for token in (*text.encode(), E)], np.uint16)
 
 
+def split_of(tokens_N: np.ndarray, isolate: bool = True) -> Split:
+    ends = int((tokens_N == E).sum())
+    return Split(
+        tokens_N=tokens_N,
+        documents=ends,
+        bytes=len(tokens_N) - ends,
+        end_of_document=E,
+        isolate_documents=isolate,
+    )
+
+
+def pack(stream_N: np.ndarray, windows_B: list[int], *, sequence_length: int, isolate_documents: bool) -> Batch:
+    return split_of(stream_N, isolate_documents).batch(windows_B, sequence_length)
+
+
 def numbered_corpus(*, tokens: int, isolate: bool, ends: tuple[int, ...] = ()) -> Corpus:
     """A corpus in which token i of the training stream is 1000 + i, except for ends of documents."""
     train = np.arange(1000, 1000 + tokens).astype(np.uint16)
     train[[*ends, -1]] = E
-    return Corpus(source="numbers", isolate_documents=isolate, train_tokens_N=train, validation_tokens_N=stream("xyz"))
+    return Corpus(
+        source="numbers",
+        isolate_documents=isolate,
+        tokenizer=ByteTokenizer(),
+        splits={"train": split_of(train, isolate), "validation": split_of(stream("xyz"), isolate)},
+        digest="0" * 16,
+        gzip_bits_per_byte=None,
+    )
+
+
+def texts(corpus: Corpus, split: str) -> set[str]:
+    return set(corpus.decode(corpus.splits[split].tokens_N).rstrip("\n").split("\n"))
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -91,12 +118,14 @@ def test_this_python_has_enough_text(docs: Corpus) -> None:
     assert 1_500_000 < docs.train_bytes < 10_000_000
     assert docs.train_documents > 250
     assert 0.02 < docs.validation_bytes / docs.train_bytes < 0.1
-    assert len(docs.validation_text) == docs.validation_bytes
-    text = docs.decode(docs.train_tokens_N) + docs.decode(docs.validation_tokens_N)
+    text = "".join(docs.decode(split.tokens_N) for split in docs.splits.values())
     assert "module json.decoder\n" in text
     assert all(topic in text for topic in topic_documents(Path(sysconfig.get_path("stdlib"))).values())
-    bits_per_byte = 8 * len(gzip.compress(docs.validation_text, 9)) / docs.validation_bytes
-    assert 1.5 < bits_per_byte < 3.5  # English and code; zeros or noise would lie outside.
+    held_out = docs.splits["validation"].tokens_N
+    held_out = held_out[held_out != E].astype(np.uint8).tobytes()
+    assert len(held_out) == docs.validation_bytes
+    assert docs.gzip_bits_per_byte == 8 * len(gzip.compress(held_out, 9)) / docs.validation_bytes
+    assert 1.5 < docs.gzip_bits_per_byte < 3.5  # English and code; zeros or noise would lie outside.
     for part in (f"Python {sys.version_info.major}.", f"{docs.train_documents} documents", docs.digest):
         assert part in docs.describe()
     assert "\n" not in docs.describe()
@@ -110,7 +139,7 @@ before = set(sys.modules)
 corpus = PythonDocs().load()
 print(sorted(name for name in set(sys.modules) - before if name[0] != "_"))  # _sysconfigdata_...
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("jax", "mtx", "turtle", "this", "pydoc")))
-batch = corpus.train(7, 123456789, 5, 64)
+batch = corpus.train(7, range(123456789, 123456794), 64)
 print(hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdigest(), corpus.digest)
 """
     outputs = []
@@ -139,11 +168,7 @@ print(hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdig
 def test_split_is_disjoint_and_stable() -> None:
     def split(documents: dict[str, str]) -> tuple[set[str], set[str]]:
         corpus = Corpus.from_documents(documents, source="test", validation_fraction=0.2, isolate_documents=True)
-        texts = (
-            corpus.decode(tokens).rstrip("\n").split("\n")
-            for tokens in (corpus.train_tokens_N, corpus.validation_tokens_N)
-        )
-        train, validation = map(set, texts)
+        train, validation = texts(corpus, "train"), texts(corpus, "validation")
         assert corpus.train_documents == len(train) and corpus.validation_documents == len(validation)
         return train, validation
 
@@ -171,9 +196,8 @@ def test_an_empty_split_is_refused() -> None:
 def test_borders_when_documents_are_isolated() -> None:
     batch = pack(
         stream("abc", "d", "efgh"),  # a b c E d E e | f g h E: windows overlap by one target.
-        np.array([0, 1]),
+        [0, 1],
         sequence_length=6,
-        end_of_document=E,
         isolate_documents=True,
     )
     a, b, c, d, e, f, g, h = b"abcdefgh"
@@ -190,17 +214,15 @@ def test_borders_when_documents_are_isolated() -> None:
     }
     middle = pack(
         stream("abc", "d", "efgh"),
-        np.array([1]),
+        [1],
         sequence_length=4,
-        end_of_document=E,
         isolate_documents=True,
     )  # d E e f: a window that starts with a document; the next one starts inside "efgh".
     assert middle["segments"].tolist() == [[1, 1, 2, 2]] and middle["positions"].tolist() == [[0, 1, 0, 1]]
     inside = pack(
         stream("abc", "d", "efgh"),
-        np.array([1]),
+        [1],
         sequence_length=2,
-        end_of_document=E,
         isolate_documents=True,
     )  # c E: goes on with "abc", from position 0.
     assert inside["segments"].tolist() == [[1, 1]] and inside["positions"].tolist() == [[0, 1]]
@@ -209,9 +231,8 @@ def test_borders_when_documents_are_isolated() -> None:
 def test_borders_when_documents_are_joined() -> None:
     batch = pack(
         stream("abc", "d", "efgh"),
-        np.array([0, 1]),
+        [0, 1],
         sequence_length=6,
-        end_of_document=E,
         isolate_documents=False,
     )
     assert batch["weights"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
@@ -231,53 +252,84 @@ def test_each_token_is_a_target_once_in_an_epoch(tokens: int, isolate: bool) -> 
     corpus = numbered_corpus(tokens=tokens, isolate=isolate, ends=ends)
     windows = corpus.train_windows(4)
     for epoch in 0, 3:
-        batches = [corpus.train(5, epoch * windows + i, 1, 4) for i in range(windows)]
+        batches = [corpus.train(5, np.array([epoch * windows + i]), 4) for i in range(windows)]
         targets = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])
         inputs = np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in batches])
         firsts = [end + 1 for end in ends] if isolate else []
-        assert sorted(targets) == sorted(np.delete(corpus.train_tokens_N, [0, *firsts]))
-        assert sorted(inputs) == sorted(corpus.train_tokens_N[:-1])
+        assert sorted(targets) == sorted(np.delete(corpus.splits["train"].tokens_N, [0, *firsts]))
+        assert sorted(inputs) == sorted(corpus.splits["train"].tokens_N[:-1])
 
 
 # Order
 
 
+def order(corpus: Corpus, seed: int, samples: range, length: int = 7) -> list[int]:
+    """The windows of a numbered corpus that these samples are."""
+    return ((corpus.train(seed, samples, length)["tokens"][:, 0] - 1000) // length).tolist()
+
+
 def test_samples_do_not_depend_on_the_batch(docs: Corpus) -> None:
-    whole = docs.train(1, 1000, 64, 128)
-    quarters = [docs.train(1, 1000 + 16 * i, 16, 128) for i in range(4)]
+    whole = docs.train(1, np.arange(1000, 1064), 128)
+    quarters = [docs.train(1, np.arange(1000 + 16 * i, 1016 + 16 * i), 128) for i in range(4)]
     joined = {name: np.concatenate([quarter[name] for quarter in quarters]) for name in whole}
     assert whole["tokens"].shape == (64, 128) and same(whole, joined)
+    rows = docs.train(1, np.array([1063, 1000, 1031]), 128)  # as a process reads its own
+    assert same(rows, {name: array[[63, 0, 31]] for name, array in whole.items()})
 
 
-@pytest.mark.parametrize("first_epoch", [0, 2**40, 2**70])
-def test_samples_across_epochs_and_beyond_32_bits(first_epoch: int) -> None:
-    corpus = numbered_corpus(tokens=50, isolate=True)
-    windows = corpus.train_windows(7)
-    first = first_epoch * windows + windows - 2
-    batch = corpus.train(3, first, 2 * windows + 3, 7)  # Parts of four epochs.
-    firsts = (batch["tokens"][:, 0] - 1000) // 7
-    order = np.concatenate([epoch_order(3, first_epoch + i, windows) for i in range(4)])
-    assert firsts.tolist() == order[windows - 2 : 3 * windows + 1].tolist()
-    one = corpus.train(3, first + 5, 1, 7)
-    assert same(one, {name: array[5:6] for name, array in batch.items()})
+@pytest.mark.parametrize("windows", [1, 2, 3, 100])
+@pytest.mark.parametrize("epoch", [0, 1, 2**32, 2**40])
+def test_each_epoch_is_a_permutation(windows: int, epoch: int) -> None:
+    corpus = numbered_corpus(tokens=7 * windows + 1, isolate=False)
+    assert corpus.train_windows(7) == windows
+    found = order(corpus, 3, range(epoch * windows, (epoch + 1) * windows))
+    assert sorted(found) == list(range(windows))
 
 
-def test_epochs_are_different_permutations() -> None:
-    orders = [epoch_order(seed, epoch, 100).tolist() for seed in (0, 1) for epoch in (0, 1, 2**32)]
-    assert all(sorted(order) == list(range(100)) for order in orders)
-    assert len({tuple(order) for order in orders}) == len(orders)
-    # If this moves, every run resumes in another order: say so in CHANGELOG.md, or undo what moved it.
-    assert epoch_order(0, 0, 8).tolist() == [1, 4, 5, 6, 2, 0, 3, 7]
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    corpus = numbered_corpus(tokens=701, isolate=False)
+    orders = [order(corpus, seed, range(100 * e, 100 * e + 100)) for seed in range(4) for e in range(4)]
+    assert len({tuple(found) for found in orders}) == len(orders)
+    # No two agree in more places than two unrelated permutations do (1 on average).
+    agree = [np.sum(np.equal(a, b)) for i, a in enumerate(orders) for b in orders[:i]]
+    assert max(agree) < 10 and 0.5 < np.mean(agree) < 1.5
+    assert order(corpus, 2**70, range(5)) != order(corpus, 0, range(5))  # seeds beyond Grain's 32 bits
+
+
+def test_the_order_of_training_has_not_moved() -> None:
+    """If this moves, every run resumes in another order: say so in CHANGELOG.md, or undo what moved it."""
+    two_epochs = order(numbered_corpus(tokens=57, isolate=False), 0, range(16))
+    assert two_epochs == [3, 6, 2, 1, 4, 5, 0, 7, 1, 3, 4, 7, 2, 0, 6, 5]
+
+
+def test_any_sample_costs_the_same() -> None:
+    """No permutation is kept: a billion windows, and a sample far along, at once."""
+    import tracemalloc
+
+    stream_N = np.broadcast_to(np.uint16(1), (2**31,))
+    corpus = numbered_corpus(tokens=12, isolate=False)
+    corpus.train(0, [0], 2)  # imports
+    object.__setattr__(corpus, "splits", {"train": dataclasses.replace(corpus.splits["train"], tokens_N=stream_N)})
+    tracemalloc.start()
+    started = time.process_time()
+    batch = corpus.train(0, np.arange(2**62, 2**62 + 32), 2)
+    assert time.process_time() - started < 1.0
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert corpus.train_windows(2) == 2**30 and batch["tokens"].shape == (32, 2)
 
 
 def test_validation_is_the_held_out_text_in_order(docs: Corpus) -> None:
     batch = docs.validation(100)
-    assert batch["tokens"].shape == (window_count(len(docs.validation_tokens_N), 100), 100)
+    stream_N = docs.splits["validation"].tokens_N
+    assert batch["tokens"].shape == (window_count(len(stream_N), 100), 100)
     real = batch["segments"] > 0
-    assert batch["targets"][real].tolist() == docs.validation_tokens_N[1:].tolist()
-    assert batch["weights"].sum() == len(docs.validation_tokens_N) - docs.validation_documents
-    text = docs.decode(docs.validation_tokens_N)
-    assert text.replace("\n", "").encode() == docs.validation_text.replace(b"\n", b"")
+    assert batch["targets"][real].tolist() == stream_N[1:].tolist()
+    assert batch["weights"].sum() == len(stream_N) - docs.validation_documents
+    part = docs.splits["validation"].batch([7, 3], 100)
+    assert same(part, {name: array[[7, 3]] for name, array in batch.items()})
+    with pytest.raises(ValueError, match="no window -1"):
+        docs.splits["validation"].batch([-1], 100)
 
 
 # Edges
@@ -313,17 +365,31 @@ def test_config_is_frozen_and_hashable() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((-1, 0, 1, 4), "seed=-1 .* try seed=0"),
-        ((0, -1, 1, 4), "first_sample=-1 .* try first_sample=0"),
-        ((0, 0, 0, 4), "count=0 .* try count=1"),
-        ((0, 0, 1, 0), "batch.sequence_length=0 must be >= 1"),
-        ((0, 0, 1, 12), "batch.sequence_length=12 .* try batch.sequence_length=11 or less"),
+        ((-1, [0], 4), "seed=-1 .* try seed=0"),
+        ((0, [0, -1], 4), "none below 0"),
+        ((0, [], 4), "at least one number"),
+        ((0, [0], 0), "batch.sequence_length=0 must be >= 1"),
+        ((0, [0], 12), "batch.sequence_length=12 .* try batch.sequence_length=11 or less"),
     ],
 )
-def test_wrong_arguments_say_what_to_type(arguments: tuple[int, int, int, int], message: str) -> None:
+def test_wrong_arguments_say_what_to_type(arguments: tuple[int, list[int], int], message: str) -> None:
     corpus = numbered_corpus(tokens=12, isolate=True)
-    assert corpus.train(0, 0, 1, 11)["weights"].sum() == 11
+    assert corpus.train(0, [0], 11)["weights"].sum() == 11
     with pytest.raises(ValueError, match=message):
         corpus.train(*arguments)
     with pytest.raises(ValueError, match=r"try batch\.sequence_length"):
         corpus.validation(0)
+
+
+def test_the_digest_changes_with_any_token() -> None:
+    def digest(*documents: str) -> str:
+        named = {str(i): text for i, text in enumerate(documents)}
+        return Corpus.from_documents(named, source="", validation_fraction=0.5, isolate_documents=True).digest
+
+    one = digest("abc", "def", "ghi", "jkl")
+    assert one == digest("abc", "def", "ghi", "jkl") and len(one) == 16
+    assert len({one, digest("abd", "def", "ghi", "jkl"), digest("abc", "def", "ghi", "jk")}) == 3
+
+
+def test_nothing_needs_to_be_prepared() -> None:
+    assert PythonDocs().is_prepared()

@@ -20,9 +20,9 @@ PACKAGES = ("mtx", "pallas_kernels", "data", "configs")
 OURS = {*PACKAGES, "main", "tests", "benchmarks"}
 
 # A module of mtx imports only modules before it. Add a new one where it belongs, here and in the README's tree.
-VERBS = ("evaluate", "generate", "convert", "doctor", "launch", "compare")
+VERBS = ("evaluate", "generate", "prepare", "convert", "doctor", "launch", "compare")
 ORDER = (
-    *("errors", "mesh", "layout", "spmd", "hlo", "layers", "attention", "moe", "model", "losses", "optim"),
+    *("errors", "command", "mesh", "layout", "spmd", "hlo", "layers", "attention", "moe", "model", "losses", "optim"),
     *("pipeline", "step", "decode", "checkpoint", "metrics", "config", "plan", "train"),
     *VERBS,
 )
@@ -34,7 +34,19 @@ MAY_IMPORT_DATA = {"config", "train", *VERBS}
 CROSS_CUTTING = {"house", "data", "equality", "census", "parity", "processes"}
 
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
-LAZY = ("tensorflow", "torch", "seqio", "grain", "orbax", "tensorboardX", "tokenizers", "rich")
+LAZY = (
+    "tensorflow",
+    "torch",
+    "seqio",
+    "grain",
+    "orbax",
+    "tensorboardX",
+    "tokenizers",
+    "rich",
+    "pyarrow",
+    "wandb",
+    "trackio",
+)
 
 
 # The import law

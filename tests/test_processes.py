@@ -1,78 +1,89 @@
-"""Two real processes on loopback, four devices each, against one process with eight."""
+"""Real processes on loopback, devices shared out among them, against one process with all of them."""
 
-import socket
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
+import runs
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.multiprocess
 
-# Trains by the command line's own words, then saves the whole final state from process 0.
-PROGRAM = """
-import sys
-import main
-from mtx import train
-from mtx.model import flatten
-
-out, *argv = sys.argv[1:]
-run = train.run
-
-def keep(*args, **kw):
-    import jax, numpy as np
-    from jax.experimental import multihost_utils
-    state = run(*args, **kw)
-    everything = multihost_utils.process_allgather(state, tiled=True)
-    if jax.process_index() == 0:
-        named = flatten(everything.params) | {"step": everything.step, "tokens": everything.tokens.low}
-        np.savez(out, **{name.replace("/", "."): np.asarray(x) for name, x in named.items()})
-    return state
-
-train.run = keep
-sys.exit(main.main(["main.py", *argv]))
-"""
-
-WORDS = [
-    *("--config", "configs/quickstart.py", "mesh.data=4", "mesh.model=2", "layout.zero=2", "steps=3"),
-    *("layout.sequence_parallel=true", "batch.global_size=16", "batch.micro_size=2", "batch.sequence_length=32"),
-    *("model.layers=2", "model.width=32", "model.mlp.width=64", "model.dropout=0.1", "sample_tokens=16"),
+MESH = [
+    *("mesh.data=4", "mesh.model=2", "layout.zero=2", "layout.sequence_parallel=true", "batch.global_size=16"),
+    *("batch.micro_size=2", "model.layers=2"),
 ]
 
 
-def start(out: Path, workdir: Path, *words: str) -> subprocess.Popen:
-    argv = [sys.executable, "-c", PROGRAM, str(out), *WORDS, f"workdir={workdir}", *words]
-    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps of one process with eight devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    runs.train(workdir, "--devices", "8", *MESH)
+    return workdir
 
 
-def finish(*children: subprocess.Popen) -> list[str]:
-    try:
-        outputs = [child.communicate(timeout=400)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output
-    return outputs
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two processes with four devices each."""
+    workdir = tmp_path_factory.mktemp("two")
+    said = [runs.end(child) for child in runs.begin_together(workdir, 2, *MESH)]
+    assert "step 12/12" in said[0]
+    assert "step" not in said[1], "only process 0 reports"
+    return workdir
 
 
-@pytest.mark.multiprocess
-def test_two_processes_give_the_state_of_one(tmp_path: Path):
-    finish(start(tmp_path / "one.npz", tmp_path / "one", "--devices", "8"))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    cluster = ["--devices", "4", "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
-    outputs = finish(*(start(tmp_path / "two.npz", tmp_path / "two", *cluster, "--process", str(i)) for i in (0, 1)))
-    assert "step 3/3" in outputs[0]
-    assert "step" not in outputs[1], "only process 0 reports"
+def check_close(found: Path, wanted: Path) -> None:
+    """Sums over devices go another way between processes, so that last bits differ."""
+    for row, other in zip(runs.rows(found), runs.rows(wanted), strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
 
-    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
-    assert set(one) == set(two)
-    assert int(two["step"]) == 3
-    assert int(two["tokens"]) == 3 * 16 * 32
-    for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    metrics = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("one", "two")]
-    assert len(metrics[0]) == len(metrics[1])
+
+def test_two_processes_see_the_losses_of_one(one: Path, two: Path):
+    check_close(two, one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_to_one_of_two_stops_both(one: Path, two: Path, tmp_path: Path, number: signal.Signals):
+    children = runs.begin_together(tmp_path, 2, *MESH)
+    runs.at_step(tmp_path, children[0], 5)
+    runs.stop(children[1], number)
+    said = [runs.end(child, 75) for child in children]
+    last = runs.rows(tmp_path)[-1]["step"]
+    for text in said:
+        assert f"stopped by {number.name} at step {last}/12; step {last} is saved" in text
+    if number == signal.SIGTERM:
+        said = [runs.end(child) for child in runs.begin_together(tmp_path, 2, *MESH)]
+        assert f"resumed     step {last}," in said[0]
+        assert runs.digests(tmp_path) == runs.digests(two)
+    else:
+        assert f"resumed     step {last}," in runs.train(tmp_path, "--devices", "8", *MESH)
+        check_close(tmp_path, one)
+
+
+def test_saved_by_one_resumed_by_two(one: Path, tmp_path: Path):
+    child = runs.begin(tmp_path, "--devices", "8", *MESH)
+    runs.at_step(tmp_path, child, 6)
+    runs.stop(child, signal.SIGKILL)
+    runs.end(child, [-signal.SIGKILL, 0])
+    said = [runs.end(child) for child in runs.begin_together(tmp_path, 2, *MESH)]
+    assert "resumed     step " in said[0]
+    check_close(tmp_path, one)
+
+
+def test_a_signal_while_they_compile_ends_both(tmp_path: Path):
+    children = runs.begin_together(tmp_path, 2, *MESH, "loss.chunk_tokens=16")
+    runs.wait_for(tmp_path, children[0], lambda: (tmp_path / "config.json").exists())
+    runs.stop(children[1], signal.SIGTERM)
+    for child in children:
+        said = runs.end(child, 75)
+        assert "before the first step" in said or "is saved" in said
+
+
+def test_data_that_are_not_prepared_are_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("text\n" * 1000)
+    data = ["data=TextFiles", f"data.paths={tmp_path}/a.txt", f"data.folder={tmp_path}/shards"]
+    for child in runs.begin_together(tmp_path / "run", 2, *MESH, *data):
+        said = runs.end(child, 65)
+        assert "the data are not prepared" in said
+        assert "python main.py prepare --config configs/quickstart.py" in said
+    assert not (tmp_path / "shards").exists()

@@ -1,65 +1,90 @@
 """The loop through the command line: what a user sees and what the run folder holds."""
 
 import json
-import os
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+import runs
 
 from mtx import config as configs
 from mtx import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
-    *("steps=6", "log_every=2", "eval_every=3", "model.layers=1", "model.width=32", "model.mlp.width=64"),
-    *("batch.sequence_length=32", "sample_tokens=24"),
+    "steps=6",
+    "eval_every=3",
+    "model.dropout=0",
+    "checkpoints.every_steps=0",
+    "sample_tokens=24",
+    "eval_sequences=0",
 ]
-
-
-def run(workdir: Path, *words: str) -> tuple[str, list[dict]]:
-    argv = [sys.executable, "main.py", "--config", "configs/quickstart.py", f"workdir={workdir}", *SMALL, *words]
-    child = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    assert child.returncode == 0, child.stderr
-    return child.stderr + child.stdout, [
-        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
+ROW = {
+    *("step", "train/loss", "train/grad_norm", "lr", "tokens", "samples", "skipped", "tokens_per_s", "step_s"),
+    *("data_wait_s", "tokens_per_s_per_device", "tflops_per_s_per_device", "mfu"),
+}
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict], Path]:
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     workdir = tmp_path_factory.mktemp("one")
-    return *run(workdir, "--devices", "1"), workdir
+    return runs.train(workdir, "--devices", "1", *SMALL), workdir
 
 
-def test_console_and_metrics(one_device: tuple[str, list[dict], Path]):
-    text, rows, _ = one_device
+def test_console(one_device: tuple[str, Path]):
+    text, workdir = one_device
     assert "mesh        one device" in text
     assert "precision   compute float32" in text
     assert "batch       256 tokens: 8 x 32 in 1 microbatch" in text
+    assert "length      6 steps, 1,536 tokens, 0.00 epochs" in text
     assert "ends/token_VD" in text
+    lines = [line for line in text.splitlines() if line.startswith("step") and "tokens/s" in line]
+    assert [line.split()[1] for line in lines] == ["1/6", "2/6", "4/6", "6/6"]
+    for part in ("loss", "lr", "grad-norm", "tokens", "tokens/s", "TFLOP/s/device", "MFU n/a", "data", "ETA"):
+        assert f"{part}" in lines[-1]
+    assert text.count("sample:") == 2
+    assert [line.split()[:2] for line in text.splitlines() if "val loss" in line] == [["step", "3/6"], ["step", "6/6"]]
+    log = (workdir / "log.txt").read_text()
+    assert log in text.replace("\r", ""), "the file holds what the console said"
+
+
+def test_metrics(one_device: tuple[str, Path]):
+    rows = runs.rows(one_device[1], timing=True)
     steps = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-    wanted = {"step", "train/loss", "train/grad_norm", "lr", "tokens", "samples", "tokens_per_s", "step_s", "skipped"}
-    assert all(set(row) == wanted for row in steps)
+    assert all(set(row) - {"param_norm"} == ROW for row in steps)
+    assert [row["step"] for row in steps if "param_norm" in row] == [2, 4, 6]
     assert [row["tokens"] for row in steps] == [256 * step for step in range(1, 7)]
-    assert [row["step"] for row in rows if "val/loss" in row] == [3, 6]
-    assert [line.split()[1] for line in text.splitlines() if line.startswith("step") and "tokens/s" in line] == [
-        *("1/6", "2/6", "4/6", "6/6"),
-    ]
-    assert "sample:" in text
-    assert rows[0]["train/loss"] > rows[-2]["train/loss"], "it learns"
+    assert all(row["mfu"] is None for row in steps), "nobody promised a peak for this CPU"
+    evaluated = [row for row in rows if "val/loss" in row]
+    assert [row["step"] for row in evaluated] == [3, 6]
+    assert all(row["val/perplexity"] == pytest.approx(math.exp(row["val/loss"])) for row in evaluated)
+    assert steps[0]["train/loss"] > steps[-1]["train/loss"], "it learns"
 
 
-def test_run_folder(one_device: tuple[str, list[dict], Path]):
-    workdir = one_device[2]
+def test_tensorboard_has_what_metrics_jsonl_has(one_device: tuple[str, Path]):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(one_device[1] / "tensorboard"))
+    events.Reload()
+    for name in ("train/loss", "val/loss", "lr", "param_norm"):
+        wanted = [(row["step"], row[name]) for row in runs.rows(one_device[1]) if name in row]
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(s, pytest.approx(v, rel=1e-6)) for s, v in wanted]
+
+
+def test_run_folder(one_device: tuple[str, Path]):
+    workdir = one_device[1]
     config = json.loads((workdir / "config.json").read_text())
     assert config["steps"] == 6
     about = json.loads((workdir / "run.json").read_text())
     assert {"jax", "flax", "numpy"} <= set(about["versions"])
     assert "steps: 1100 -> 6" in (workdir / "overrides.txt").read_text()
+
+
+def sample(text: str) -> str:
+    return text.rpartition("sample:\n")[2].rpartition("\nstep 6: checkpoint")[0]
 
 
 @pytest.mark.parametrize(
@@ -70,15 +95,54 @@ def test_run_folder(one_device: tuple[str, list[dict], Path]):
     ],
     ids=["manual", "compiled"],
 )
-def test_eight_devices_see_the_same_losses(one_device: tuple[str, list[dict], Path], tmp_path: Path, words: list[str]):
-    text, rows = run(tmp_path, "--devices", "8", *words)
-    for row, wanted in zip(rows, one_device[1], strict=True):
-        for name in ("train/loss", "train/grad_norm", "lr", "val/loss", "val/bits_per_byte"):
+def test_eight_devices_see_the_same_losses(one_device: tuple[str, Path], tmp_path: Path, words: list[str]):
+    text = runs.train(tmp_path, "--devices", "8", *SMALL, *words)
+    for row, wanted in zip(runs.rows(tmp_path), runs.rows(one_device[1]), strict=True):
+        for name in ("train/loss", "train/grad_norm", "param_norm", "lr", "val/loss", "val/bits_per_byte"):
             if name in wanted:
                 assert row[name] == pytest.approx(wanted[name], rel=2e-4), (row["step"], name)
     assert "layers/mlp/out_FD" in text
-    sample = text.partition("sample:")[2].partition("run folder")[0]
-    assert sample == one_device[0].partition("sample:")[2].partition("run folder")[0]
+    assert sample(text) == sample(one_device[0]) != ""
+
+
+def test_lengths_in_tokens_and_epochs(tmp_path: Path):
+    runs.train(tmp_path / "tokens", "steps=None", "tokens=700", "--devices", "1", "eval_every=0")
+    assert [row["step"] for row in runs.rows(tmp_path / "tokens")] == [1, 2, 3, 3]
+    text = runs.train(tmp_path / "epochs", "steps=None", "epochs=1e-4", "--devices", "1", "eval_every=0")
+    assert "0.00 epochs" in text
+    assert [row["step"] for row in runs.rows(tmp_path / "epochs")] == [1, 1]
+
+
+# Own text, from files to a sample.
+
+
+def test_own_text_is_prepared_trained_on_and_continued(tmp_path: Path):
+    text = "\n\n".join(f"Line {i} of a book about {'ducks' if i % 3 else 'geese'}." for i in range(3000))
+    (tmp_path / "book.txt").write_text(text)
+    data = ["data=TextFiles", f"data.paths={tmp_path}/book.txt", f"data.folder={tmp_path}/shards"]
+    data += ["data.tokenizer=Bpe", "data.tokenizer.vocab_size=300", "model.vocab_size=300", "data.split=8,1,1"]
+    workdir = tmp_path / "run"
+    assert "data: preparing" in runs.train(workdir, *data, "--devices", "1", "steps=4")
+    assert (tmp_path / "shards/manifest.json").exists()
+    assert "data: preparing" not in runs.train(workdir, *data, "--devices", "1", "steps=5")
+
+    def verb(*words: str) -> str:
+        child = subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True)
+        assert child.returncode == 0, child.stderr
+        return child.stdout
+
+    found = json.loads(verb("eval", str(workdir)))
+    (last,) = [row for row in runs.rows(workdir) if row["step"] == 5 and "val/loss" in row]
+    whole = json.loads(verb("eval", str(workdir), "eval_sequences=64"))
+    assert whole["loss"] == pytest.approx(last["val/loss"], rel=1e-6)
+    assert whole["bits_per_byte"] == pytest.approx(last["val/bits_per_byte"], rel=1e-6)
+    assert found["step"] == 5
+    assert json.loads(verb("eval", str(workdir), "--split", "test"))["split"] == "test"
+    eight = json.loads(verb("eval", str(workdir), "--devices", "8", "mesh.data=2", "mesh.model=4"))
+    assert eight["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    greedy = ["generate", str(workdir), "--prompt", "Line 7", "--tokens", "9", "--temperature", "0"]
+    assert verb(*greedy).startswith("Line 7")
+    assert verb(*greedy) == verb(*greedy, "--devices", "8", "mesh.model=8")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

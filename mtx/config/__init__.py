@@ -7,9 +7,10 @@ check(loaded.config, num_devices=8)
 from mtx.config.checks import check
 from mtx.config.cluster import Cluster
 from mtx.config.loading import Loaded, load, workdir
-from mtx.config.printing import differences, dump, help_text, read_dump, text
-from mtx.config.root import BatchConfig, Config, microbatches
-from mtx.config.run_folder import write_run_folder
+from mtx.config.overrides import override
+from mtx.config.printing import differences, dump, help_text, print_help, read_dump, text
+from mtx.config.root import BatchConfig, Config, microbatches, total_steps
+from mtx.config.run_folder import versions, write_run_folder
 
 __all__ = [
     "BatchConfig",
@@ -22,8 +23,12 @@ __all__ = [
     "help_text",
     "load",
     "microbatches",
+    "override",
+    "print_help",
     "read_dump",
     "text",
+    "total_steps",
+    "versions",
     "workdir",
     "write_run_folder",
 ]

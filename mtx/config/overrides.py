@@ -1,6 +1,6 @@
 """Overrides: `a.b=value` words of a command line, applied to a config whatever their order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ from mtx.config.schema import is_config, join
 from mtx.errors import ConfigError
 
 COMMAND_LINE = "command line"
-FLAGS = ("config", "devices", "verbose", "coordinator", "processes", "process", "help")
+FLAGS = (*("config", "devices", "verbose", "fresh", "accept-changes", "coordinator", "processes", "process", "help"),)
 """Of main.py, for near misses."""
 T = TypeVar("T")
 
@@ -29,13 +29,20 @@ def parse_words(words: Sequence[str]) -> dict[str, str]:
                 problems.append(f"{word!r} is not an override; write path=value without spaces, such as steps=100.")
                 continue
             if not rest or rest[0].startswith("--"):
-                problems.append(f"{word} needs a value; write {path}=value.")
+                flag = schema.near(path, FLAGS, 0.75)  # mesh is no --fresh
+                hint = f"there is no flag {word}; did you mean --{flag}?" if flag else ""
+                problems.append(hint or f"{word} needs a value; write {path}=value.")
                 continue
             text = rest.pop(0)
         if found.setdefault(path, text) != text:
             problems.append(f"{path} is given twice, as {found[path]} and as {text}; keep one.")
     raise_all(problems)
     return found
+
+
+def override(config: T, words: Sequence[str]) -> T:
+    """A config with `path=value` words applied. Raises: ConfigError."""
+    return apply(config, parse_words(words), {})[0]
 
 
 def raise_all(problems: Sequence[str]) -> None:
@@ -180,18 +187,26 @@ class _Applier:
 
         if deeper := [p for p in everywhere if p.startswith(path) and p.rpartition(".")[2] == name]:
             return min(deeper, key=len)
-        sibling = schema.near(name, names) or next((n for n in names if name in n.split("_")), None)
+        if not path and (flag := name.replace("_", "-")) in FLAGS:
+            return f"--{flag}"
+        sibling = _near(name, names) or next((n for n in names if name in n.split("_")), None)
         if sibling:
             whole = join(path, sibling) + wrong[len(join(path, name)) :]
             return whole if whole in everywhere else join(path, sibling)
         if not path and (flag := schema.near(name, FLAGS)):
             return f"--{flag}"
-        like = schema.near(leaf, {p.rpartition(".")[2] for p in everywhere})
+        like = _near(leaf, {p.rpartition(".")[2] for p in everywhere})
         said = leaf.replace("_", " ").lower()
         by_help = [p for p, help in everywhere.items() if help.lower().startswith(said)]
         return shortest(lambda field: leaf == field or leaf in field.split("_")) or (
             max(by_help, key=len) if by_help else shortest(lambda field: field == like)
         )
+
+
+def _near(name: str, names: Iterable[str]) -> str | None:
+    """The nearest name, unless it shares letters with a word that means something else: save_every, eval_every."""
+    found = schema.near(name, names)
+    return found if found and all(schema.near(word, found.split("_")) for word in name.split("_")) else None
 
 
 def _carried(old: Any, cls: type) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """A config as JSON, as lines, as differences, and as a help text."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, TypeVar, get_args, get_origin
 
 from mtx.config import schema
-from mtx.config.loading import Loaded
+from mtx.config.loading import Loaded, load
 from mtx.config.root import Config
 from mtx.config.schema import is_config, join
 
@@ -88,6 +88,12 @@ def _lines(config: Any, prefix: str) -> list[tuple[str, Any]]:
 
 
 WIDTH = 100
+
+
+def print_help(path: str, words: Sequence[str]) -> int:
+    """Prints every field of a config file with overrides; returns the exit code. Raises: ConfigError."""
+    print(f"\n{help_text(load(path, words))}", end="")
+    return 0
 
 
 def help_text(loaded: Loaded) -> str:

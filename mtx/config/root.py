@@ -1,13 +1,18 @@
 """The root config of a run, and what is derived from it."""
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
-from data import PythonDocs
+from data import PythonDocs, TextFiles
+from mtx.checkpoint import Checkpoints
 from mtx.errors import Problem
 from mtx.layout import BoundLayout, Layout
 from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
+from mtx.metrics import Reporting
 from mtx.model import Transformer
 from mtx.optim import AdamW, Lion, Sgd
 from mtx.spmd import Compiled, Manual, Precision
@@ -39,14 +44,18 @@ class Config:
 
     model: Transformer
     """The network."""
-    data: PythonDocs
+    data: PythonDocs | TextFiles
     """Where tokens come from."""
     batch: BatchConfig
     """How many tokens a step sees."""
     optimizer: AdamW | Lion | Sgd
     """How gradients move weights."""
-    steps: int
-    """Optimizer steps of the whole run."""
+    steps: int | None = None
+    """Optimizer steps of the whole run; one of steps, tokens and epochs says how long it is."""
+    tokens: int | None = None
+    """Tokens to train on, rounded up to whole steps."""
+    epochs: float | None = None
+    """Passes over the training data, rounded up to whole steps."""
     loss: CrossEntropy = CrossEntropy()
     """What is minimised."""
     mesh: MeshConfig = MeshConfig()
@@ -59,31 +68,79 @@ class Config:
     """Number formats of weights and of computing."""
     seed: int = 0
     """Of initial weights, dropout and the order of the data."""
+    init_from: str | None = None
+    """A run folder, or one checkpoint in it, whose weights a new run starts from; nothing else is taken."""
+    checkpoints: Checkpoints | None = Checkpoints()
+    """When to save and what to keep; None: save nothing."""
+    reporting: Reporting = Reporting()
+    """Where metrics go besides the console and metrics.jsonl."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 0
     """Steps between evaluations; 0: only at the end."""
-    save_every: int = 0
-    """Steps between checkpoints (not built yet: 0)."""
+    eval_sequences: int = 0
+    """Sequences of the validation split to evaluate, spread over it; 0: all."""
     sample_tokens: int = 256
-    """Length of the text sample at the end, at most batch.sequence_length; 0: none."""
+    """Length of the text sample after each evaluation; 0: none."""
+    max_skipped_steps: int = 20
+    """Steps that may be skipped because their gradients are not finite; one more stops the run."""
+    stop_after_minutes: float = 0.0
+    """Save and stop after this long, as for a queue that ends jobs; the same command goes on. 0: no limit."""
     workdir: str | None = None
     """The run folder; None: runs/ and the name of the config file."""
 
     def check(self) -> Iterator[Problem]:
-        for field in ("steps", "log_every"):
-            if getattr(self, field) < 1:
-                yield field, "must be at least 1"
-        if self.eval_every < 0:
-            yield "eval_every", "must be at least 0; 0 evaluates only at the end"
-        if self.sample_tokens < 0:
-            yield "sample_tokens", "must be at least 0; 0 shows no sample"
+        lengths = {name: value for name in LENGTHS if (value := getattr(self, name)) is not None}
+        if not lengths:
+            yield "steps", "leaves the run without a length; set one of steps, tokens and epochs, such as steps=1000"
+        for name, value in lengths.items():
+            if value <= 0:
+                yield name, "must be positive"
+        if len(lengths) > 1:
+            first, *others = lengths
+            said = " and ".join(f"{name}={lengths[name]}" for name in others)
+            keep = [" ".join(f"{name}=None" for name in lengths if name != kept) for kept in reversed(lengths)]
+            each = "both" if len(lengths) == 2 else "all"
+            yield first, f"and {said} {each} say how long the run is; try {', or '.join(keep)}"
+        if self.log_every < 1:
+            yield "log_every", "must be at least 1"
+        for field, zero in (
+            ("eval_every", "evaluates only at the end"),
+            ("eval_sequences", "evaluates all of the validation split"),
+            ("sample_tokens", "shows no sample"),
+            ("stop_after_minutes", "sets no limit"),
+            ("max_skipped_steps", "stops at the first"),
+        ):
+            if getattr(self, field) < 0:
+                yield field, f"must be at least 0; 0 {zero}"
         if not 0 <= self.seed < 2**32:
             yield "seed", "must be at least 0 and below 2**32"
-        if self.save_every != 0:
-            yield "save_every", "asks for checkpoints, which are not built yet; set save_every=0"
-        if self.workdir == "":
-            yield "workdir", "is empty; name a folder, or None for runs/ and the name of the config file"
+        for field in ("workdir", "init_from"):
+            value = getattr(self, field)
+            if value == "":
+                yield field, "is empty; name a folder, or None"
+            elif value is not None and re.match(r"[\w+.-]+://", value):
+                yield (
+                    field,
+                    (
+                        "is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
+                        "Mount the bucket (gcsfuse, mountpoint-s3) and name the mounted folder"
+                    ),
+                )
+
+
+LENGTHS = ("steps", "tokens", "epochs")
+
+
+def total_steps(config: Config, samples_per_epoch: Callable[[], int]) -> int:
+    """Optimizer steps of a checked config; `samples_per_epoch` is asked only for a length in epochs."""
+    if config.steps is not None:
+        return config.steps
+    size = config.batch.global_size
+    if config.tokens is not None:
+        return -(-config.tokens // (size * config.batch.sequence_length))
+    assert config.epochs is not None, "check() comes first"
+    return math.ceil(Fraction(str(config.epochs)) * samples_per_epoch() / size)  # in floats 1.1 * 800 > 880
 
 
 def microbatches(config: Config, mesh_sizes: Mapping[str, int]) -> int:

@@ -170,10 +170,10 @@ def _literal(text: str) -> Any:
         return MISSING
 
 
-def near(word: str, legal: Iterable[str]) -> str | None:
-    """The legal word nearest to a wrong one, whatever its case, if one is near."""
+def near(word: str, legal: Iterable[str], least: float = 0.6) -> str | None:
+    """The legal word nearest to a wrong one, whatever its case, if one is near (difflib's ratio)."""
     by_lower = {name.lower(): name for name in legal}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=least)
     return by_lower[found[0]] if found else None
 
 

@@ -1,0 +1,335 @@
+"""Files of text to token shards, in two passes that hold one batch of documents, whatever the text's size.
+
+The first reads everything, finds what is bad, and writes an 8-byte hash of each document to a file; sorted, it
+says below which hash the training split ends. The second tokenizes and writes. All has temporary names until the
+end, and the manifest comes last: a preparation that is killed leaves what was there before, or no manifest.
+"""
+
+import contextlib
+import errno
+import os
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import sources
+from data.corpus import GZIP_BYTES
+from data.manifest import NAME, TOKENIZER, Manifest, SourceFile, sync
+from data.records import Reading, documents
+from data.shards import TEMPORARY, Shard, Writer, dtype_of
+from data.splitting import HASH, Borders, borders, split_of, text_hash
+from data.streams import Bad, BadFile
+from data.text_files import Skip, TextFiles, file_state, read_tokenizer
+from data.tokenizer import BPE_TRAINING_BYTES, Bytes, ByteTokenizer, Tokenizer, TokenizerFile
+
+BATCH_BYTES = 1 << 20
+"""Text that is tokenized at once; `tokenizers` needs some hundred times as much meanwhile."""
+REPORT_S = 2.0
+"""Between progress lines."""
+SPOOL_BYTES = 1 << 20
+"""Buffer of the file of hashes."""
+
+Progress = Callable[[str], None]
+
+
+def run(config: TextFiles, progress: Progress) -> None:
+    """See `TextFiles.prepare`."""
+    folder = config.prepared_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if config.is_prepared():
+                try:
+                    config.verify()
+                    progress(f"{folder} is up to date: every byte of its shards is as it was written")
+                    return
+                except ValueError as error:
+                    progress(f"prepares {folder} again: {error}")
+            _remove_temporaries(folder)
+            try:
+                _prepare(config, folder, progress)
+            finally:
+                _remove_temporaries(folder)
+    except OSError as error:
+        raise ValueError(f"{error.filename or folder}: cannot be written: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One preparation a folder. The system frees the lock of a process that dies; the file stays, as a mark."""
+    import fcntl
+
+    with open(folder / sources.PREPARED, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{folder} is being prepared by {holder}; wait for it, or stop it.") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.glob(f"*{TEMPORARY}"):
+        path.unlink()
+
+
+class _Meter:
+    """Progress lines."""
+
+    def __init__(self, progress: Progress, verb: str, total_bytes: int) -> None:
+        self._progress, self._verb, self._total = progress, verb, total_bytes
+        self._started = self._said = time.monotonic()
+        self.bytes, self.documents, self.tokens = 0, 0, 0
+
+    def count(self, found: int) -> None:
+        self.bytes += found
+        if time.monotonic() - self._said > REPORT_S:
+            self._said = time.monotonic()
+            self.say()
+
+    def say(self) -> None:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        tokens = f", {self.tokens:,} tokens" if self.tokens else ""
+        self._progress(
+            f"{self._verb}  {self.bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB, "
+            f"{self.bytes / 1e6 / seconds:.1f} MB/s, {self.documents:,} documents{tokens}"
+        )
+
+
+class _Policy:
+    """Counts bad records; raises at the first, or at one too many."""
+
+    def __init__(self, config: TextFiles) -> None:
+        self._budget = config.bad_records.budget if isinstance(config.bad_records, Skip) else None
+        self.counts: dict[str, Counter[str]] = {}
+
+    def report(self, bad: Bad) -> None:
+        if self._budget is None:
+            raise ValueError(f"{bad} Mend it, or leave such records out: data.bad_records=Skip.")
+        self.counts.setdefault(bad.path, Counter())[bad.reason] += 1
+        total = sum(counter.total() for counter in self.counts.values())
+        if total > self._budget:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in sum(self.counts.values(), Counter()).most_common())
+            raise ValueError(
+                f"{total} bad records ({reasons}) are more than data.bad_records.budget={self._budget}; the last: "
+                f"{bad} Mend them, or set a larger budget."
+            )
+
+    def of(self, path: str) -> dict[str, int]:
+        """A file's bad records by reason."""
+        return dict(sorted(self.counts.get(path, Counter()).items()))
+
+
+@dataclass
+class _File:
+    """A source while it is prepared."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str | None = None
+    documents: int = 0
+    empty: int = 0
+
+
+def _prepare(config: TextFiles, folder: Path, progress: Progress) -> None:
+    found = sources.find(config.paths)
+    if found.ignored:
+        names = ", ".join(found.ignored[:5]) + (", ..." if len(found.ignored) > 5 else "")
+        progress(f"ignores {len(found.ignored)} hidden files or files of no known kind: {names}")
+    if isinstance(config.tokenizer, TokenizerFile):  # refused before hours of reading
+        read_tokenizer(Path(config.tokenizer.path), config.tokenizer.end_of_document)
+    files = [_File(path, *file_state(path)) for path in found.files]
+    policy = _Policy(config)
+    ends = _survey(config, files, folder, policy, progress)
+    tokenizer = _tokenizer(config, files, folder, ends, progress)
+    writers = {name: Writer(folder, name, dtype_of(tokenizer.vocab_size), tokenizer.end_of_document) for name in ends}
+    yardstick = _Gzip()
+    try:
+        splits = _write(config, files, writers, tokenizer, ends, yardstick, progress)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    manifest = Manifest(
+        recipe=config.recipe(),
+        sources=[SourceFile(**vars(file), bad=policy.of(file.path)) for file in files],
+        ignored=found.ignored,
+        tokenizer=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        end_of_document=tokenizer.end_of_document,
+        splits=splits,
+        gzip_bits_per_byte=yardstick.bits_per_byte(),
+    )
+    _publish(folder, writers.values(), manifest)
+
+
+def _survey(config: TextFiles, files: list[_File], folder: Path, policy: _Policy, progress: Progress) -> Borders:
+    """The first pass: reads everything, fills in `files`, and says where each split ends."""
+    path = folder / f"hashes{TEMPORARY}"
+    meter = _Meter(progress, "reading", sum(file.bytes for file in files))
+    with open(path, "wb", buffering=SPOOL_BYTES) as spool:
+        for file in files:
+            start = spool.tell()
+            reading = Reading(file.path, policy.report, meter.count)
+            try:
+                for text in documents(reading, config.limits()):
+                    if text.strip():
+                        spool.write(text_hash(text).to_bytes(HASH.itemsize, "little"))
+                        file.documents += 1
+                        meter.documents += 1
+                    else:
+                        file.empty += 1
+                file.sha256 = reading.sha256
+            except BadFile as error:
+                policy.report(error.bad)
+                meter.documents -= file.documents
+                file.documents, file.empty = 0, 0
+                spool.seek(start)
+                spool.truncate()
+    meter.say()
+    for bad, counter in policy.counts.items():
+        reasons = ", ".join(f"{reason} {n}" for reason, n in counter.most_common())
+        progress(f"leaves out {counter.total()} bad records of {bad}: {reasons}")
+    hashes_N = np.memmap(path, HASH, "r+") if meter.documents else np.empty(0, HASH)
+    hashes_N.sort()  # in the file: the system writes back what memory does not hold
+    try:
+        return borders(hashes_N, config.shares())
+    except ValueError as error:
+        raise ValueError(f"data.split={config.split}: {error} {_finer(files)}") from error
+
+
+def _finer(files: list[_File]) -> str:
+    plain = any(sources.kind(file.path) == "text" for file in files)
+    cut = ", cut it finer (data.cut_text_bytes=1024)" if plain else ""
+    return f"Give more text{cut}, or hold none out: data.split=1,0."
+
+
+def _tokenizer(config: TextFiles, files: list[_File], folder: Path, ends: Borders, progress: Progress) -> Tokenizer:
+    """The tokenizer; one that is a file is put beside the shards, still under a temporary name."""
+    wanted, temporary = config.tokenizer, folder / (TOKENIZER + TEMPORARY)
+    if isinstance(wanted, Bytes):
+        return ByteTokenizer()
+    if isinstance(wanted, TokenizerFile):
+        tokenizer = read_tokenizer(Path(wanted.path), wanted.end_of_document)
+        _save(temporary, Path(wanted.path).read_bytes())
+        return tokenizer
+    progress(f"learning {wanted.vocab_size:,} tokens from the training text's first {BPE_TRAINING_BYTES / 1e6:.0f} MB")
+    _save(temporary, wanted.learn(_training_texts(config, files, ends)))
+    return read_tokenizer(temporary, None)
+
+
+def _save(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _training_texts(config: TextFiles, files: list[_File], ends: Borders) -> Iterator[str]:
+    left = BPE_TRAINING_BYTES
+    for _, text in _documents(config, files, lambda found: None):
+        if split_of(text, ends) == "train":
+            yield text.decode()
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def _documents(config: TextFiles, files: list[_File], count: Callable[[int], None]) -> Iterator[tuple[_File, bytes]]:
+    """What the first pass found good and not empty, again."""
+    for file in files:
+        if file.sha256 is None:
+            continue
+        reading = Reading(file.path, lambda bad: None, count)
+        try:
+            for text in documents(reading, config.limits()):
+                if text.strip():
+                    yield file, text
+        except BadFile as error:
+            raise ValueError(f"{error} It changed while it was read; prepare it when it is at rest.") from error
+        if (reading.sha256, file_state(file.path)) != (file.sha256, (file.bytes, file.mtime_ns)):
+            raise ValueError(f"{file.path} changed while it was read; prepare it when it is at rest.")
+
+
+def _batches(items: Iterable[tuple[_File, bytes]]) -> Iterator[list[tuple[_File, bytes]]]:
+    """Lists of about `BATCH_BYTES` of text."""
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += len(item[1])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write(
+    config: TextFiles,
+    files: list[_File],
+    writers: dict[str, Writer],
+    tokenizer: Tokenizer,
+    ends: Borders,
+    yardstick: "_Gzip",
+    progress: Progress,
+) -> dict[str, Shard]:
+    """The second pass: tokenizes into the writers."""
+    meter = _Meter(progress, "writing", sum(file.bytes for file in files))
+    for batch in _batches(_documents(config, files, meter.count)):
+        for (file, text), tokens in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+            if not len(tokens):
+                file.documents, file.empty = file.documents - 1, file.empty + 1
+                continue
+            name = split_of(text, ends)
+            writers[name].add(tokens, len(text))
+            if name == "validation":
+                yardstick.add(text)
+            meter.documents += 1
+            meter.tokens += len(tokens) + 1
+    meter.say()
+    for name, writer in writers.items():
+        if not writer.documents:
+            raise ValueError(f"no document of the {name} split has a token in this tokenizer. {_finer(files)}")
+    return {name: writer.finish() for name, writer in writers.items()}
+
+
+def _publish(folder: Path, writers: Iterable[Writer], manifest: Manifest) -> None:
+    """Gives all files their names. Between the first line and the last, the folder counts as not prepared."""
+    (folder / NAME).unlink(missing_ok=True)
+    sync(folder)
+    for writer in writers:
+        writer.publish()
+    temporary = folder / (TOKENIZER + TEMPORARY)
+    if temporary.exists():
+        temporary.rename(folder / TOKENIZER)
+    manifest.write(folder)
+
+
+class _Gzip:
+    """What `gzip -9` needs for a text that comes in parts, up to `GZIP_BYTES`."""
+
+    def __init__(self) -> None:
+        self._gzip = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+        self._text_bytes, self._zipped_bytes = 0, 0
+
+    def add(self, text: bytes) -> None:
+        self._text_bytes += len(text)
+        if self._text_bytes <= GZIP_BYTES:
+            self._zipped_bytes += len(self._gzip.compress(text))
+
+    def bits_per_byte(self) -> float | None:
+        """None: no text, or too much."""
+        if not 0 < self._text_bytes <= GZIP_BYTES:
+            return None
+        return 8 * (self._zipped_bytes + len(self._gzip.flush())) / self._text_bytes

@@ -1,0 +1,189 @@
+"""Token shards in Megatron-LM's indexed format (MMIDIDX, version 1): tokens in a .bin, their borders in a .idx.
+
+The .bin is the tokens end to end. The .idx is, little-endian: the magic; uint64 1; uint8 code of the tokens'
+type; uint64 sequences; uint64 documents + 1; int32 length in tokens of each sequence; int64 byte in the .bin of
+each sequence; int64 number of the first sequence of each document, and the number of sequences. Here a document
+is one sequence, its end-of-document token included (Megatron-LM, core/datasets/indexed_dataset.py).
+"""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+CODES = {"uint16": 8, "int32": 4}
+"""Megatron's codes of the two types that are written here."""
+UINT16_VOCABULARY = 65500
+"""Megatron stores a vocabulary below this as uint16."""
+TEMPORARY = ".tmp"
+CHUNK = 1 << 20
+"""Numbers held at once while an index is written; bytes while a file is hashed."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One split's pair of files, as the manifest lists it."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    """Of text, ends of documents not counted."""
+    dtype: str
+    """uint16 or int32."""
+    bin_bytes: int
+    bin_sha256: str
+    idx_bytes: int
+    idx_sha256: str
+
+
+def dtype_of(vocab_size: int) -> str:
+    """The type that Megatron stores such tokens in."""
+    return "uint16" if vocab_size < UINT16_VOCABULARY else "int32"
+
+
+class _Hashed:
+    """A file that is written once, from start to end."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._sha256, self.bytes = open(path, "wb", buffering=CHUNK), hashlib.sha256(), 0  # noqa: SIM115
+
+    def write(self, content: Any) -> None:
+        view = memoryview(content).cast("B")
+        self._file.write(view)
+        self._sha256.update(view)
+        self.bytes += len(view)
+
+    def finish(self) -> str:
+        """On the disk, even if the power goes; returns the SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class Writer:
+    """Writes a split under temporary names; `publish` gives it its own. Memory does not grow with the split."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, end_of_document: int) -> None:
+        self._folder, self._name, self._dtype = folder, name, np.dtype(dtype).newbyteorder("<")
+        self._end = np.array([end_of_document], self._dtype)
+        self._bin = _Hashed(self._temporary(".bin"))
+        self._lengths = open(self._temporary(".lengths"), "w+b", buffering=CHUNK)  # noqa: SIM115
+        self.documents, self.tokens, self.bytes = 0, 0, 0
+
+    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """A document: its tokens without the end, and how many bytes of text they are."""
+        self._bin.write(tokens.astype(self._dtype))
+        self._bin.write(self._end)
+        length = len(tokens) + 1
+        self._lengths.write(length.to_bytes(4, "little"))
+        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + length, self.bytes + text_bytes
+
+    def finish(self) -> Shard:
+        """Writes the index; both files are on the disk, still under their temporary names."""
+        bin_sha256 = self._bin.finish()
+        index = _Hashed(self._temporary(".idx"))
+        count = self.documents
+        index.write(HEADER.pack(MAGIC, 1, CODES[self._dtype.name], count, count + 1))
+        for lengths in self._read_lengths():
+            index.write(lengths)
+        byte = 0
+        for lengths in self._read_lengths():
+            ends = byte + np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
+            index.write(np.concatenate([np.array([byte], "<i8"), ends[:-1]]))
+            byte = int(ends[-1])
+        for start in range(0, count + 1, CHUNK):
+            index.write(np.arange(start, min(start + CHUNK, count + 1), dtype="<i8"))
+        idx_sha256 = index.finish()
+        self._lengths.close()
+        self._temporary(".lengths").unlink()
+        assert self._bin.bytes == self.tokens * self._dtype.itemsize == byte
+        return Shard(
+            documents=count,
+            tokens=self.tokens,
+            bytes=self.bytes,
+            dtype=self._dtype.name,
+            bin_bytes=self._bin.bytes,
+            bin_sha256=bin_sha256,
+            idx_bytes=index.bytes,
+            idx_sha256=idx_sha256,
+        )
+
+    def publish(self) -> None:
+        """Replaces what has the names now."""
+        for suffix in (".bin", ".idx"):
+            self._temporary(suffix).rename(self._folder / f"{self._name}{suffix}")
+
+    def close(self) -> None:
+        """Ends writing, finished or not."""
+        self._bin.abandon()
+        self._lengths.close()
+
+    def _read_lengths(self) -> Any:
+        self._lengths.seek(0)
+        while block := self._lengths.read(4 * CHUNK):
+            yield np.frombuffer(block, "<i4")
+
+    def _temporary(self, suffix: str) -> Path:
+        return self._folder / f"{self._name}{suffix}{TEMPORARY}"
+
+
+def open_tokens(folder: Path, name: str, shard: Shard) -> np.ndarray:
+    """A split's tokens as a memory map, after checks that cost the same for any size.
+
+    Raises:
+      ValueError: a file is missing, of another size than it was written with, or the two are no pair.
+    """
+    paths = folder / f"{name}.bin", folder / f"{name}.idx"
+    for path, size in zip(paths, (shard.bin_bytes, shard.idx_bytes), strict=True):
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        if found != size:
+            raise ValueError(f"{path} has {found:,} bytes; the manifest says {size:,}.")
+    _check_index(*paths, shard)
+    return np.memmap(paths[0], np.dtype(shard.dtype).newbyteorder("<"), mode="r")
+
+
+def _check_index(tokens: Path, index: Path, shard: Shard) -> None:
+    with open(index, "rb") as file:
+        header = file.read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise ValueError(f"{index} is no Megatron index: it begins with {header[:9]!r}, not {MAGIC!r}.")
+        _, version, code, sequences, documents = HEADER.unpack(header)
+        said = (version, code, sequences, documents)
+        wanted = (1, CODES[shard.dtype], shard.documents, shard.documents + 1)
+        if said != wanted:
+            raise ValueError(f"{index} says (version, type, sequences, documents + 1) {said}; the manifest {wanted}.")
+        file.seek(HEADER.size + 4 * (sequences - 1))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        pointer = int.from_bytes(file.read(8), "little")
+    ends = pointer + length * np.dtype(shard.dtype).itemsize
+    if ends != shard.bin_bytes:
+        raise ValueError(f"{index} covers {ends:,} bytes; {tokens} has {shard.bin_bytes:,}: they are no pair.")
+
+
+def verify(folder: Path, name: str, shard: Shard) -> None:
+    """Reads every byte. Raises: ValueError that names a file with other contents than were written."""
+    open_tokens(folder, name, shard)
+    for suffix, wanted in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
+        found = sha256_of(folder / f"{name}{suffix}")
+        if found != wanted:
+            raise ValueError(f"{folder / name}{suffix} has SHA-256 {found[:12]}...; the manifest says {wanted[:12]}...")
+
+
+def sha256_of(path: Path) -> str:
+    """Of a whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

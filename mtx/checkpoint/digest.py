@@ -1,0 +1,98 @@
+"""A digest of every array, computed where it lies: the same on every mesh and for every number of processes.
+
+Each element's bits are mixed with its index, dimension by dimension, and all are added modulo 2^32, in two lanes.
+Mixing is a bijection of the bits, so that one changed element always changes the sum.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+LANES = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
+"""Per lane an odd multiplier of the bits and one of the indices (xxHash's primes, Collet)."""
+
+
+def digests(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, str], list[str]]:
+    """(16 hexadecimal digits for each array, names of those that hold a number that is not finite).
+
+    The devices compute; what comes to the host are three words per array.
+    """
+    words = jax.device_get(_compute(dict(arrays)))
+    found = {name: f"{int(w[0]):08x}{int(w[1]):08x}" for name, w in words.items()}
+    return found, [name for name, w in words.items() if w[2]]
+
+
+def _compute(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Name -> uint32 (lane, lane, elements that are not finite)."""
+    sharding = next(iter(arrays.values())).sharding
+    specs = {name: getattr(x.sharding, "spec", P()) for name, x in arrays.items()}
+    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size == 1:
+        return _one_device(arrays)
+    return _on_mesh(sharding.mesh, tuple(specs.items()))(arrays)
+
+
+@jax.jit
+def _one_device(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _words(x, (0,) * x.ndim) for name, x in arrays.items()}
+
+
+@lru_cache(maxsize=8)
+def _on_mesh(mesh: jax.sharding.Mesh, specs: tuple[tuple[str, P], ...]):
+    """Each device digests its part; parts are added over the axes that split the array, and only those."""
+
+    def one(spec: P, x: jax.Array) -> jax.Array:
+        split = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec]
+        split += [()] * (x.ndim - len(split))
+        offsets = tuple(_index(axes) * jnp.uint32(size) for axes, size in zip(split, x.shape, strict=True))
+        words = _words(x, offsets)
+        axes = tuple(axis for group in split for axis in group)
+        return lax.psum(words, axes) if axes else words
+
+    def run(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: one(spec, arrays[name]) for name, spec in specs}
+
+    in_specs = (dict(specs),)
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False))
+
+
+def _index(axes: tuple[str, ...]) -> jax.Array:
+    return lax.axis_index(axes).astype(jnp.uint32) if axes else jnp.uint32(0)
+
+
+def _words(x: jax.Array, offsets: tuple[jax.Array | int, ...]) -> jax.Array:
+    finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.ones((), bool)
+    bad = jnp.sum(~finite, dtype=jnp.uint32)
+    bits = _bits(x)
+    offsets = (*offsets, *((0,) * (bits.ndim - x.ndim)))
+    return jnp.stack([*(_lane(bits, offsets, lane) for lane in range(len(LANES))), bad])
+
+
+def _lane(bits: jax.Array, offsets: tuple[jax.Array | int, ...], lane: int) -> jax.Array:
+    by_bits, by_index = (np.uint32(prime) for prime in LANES[lane])
+    place = jnp.full((1,) * bits.ndim, lane + 1, jnp.uint32)
+    for d, size in enumerate(bits.shape):
+        i = jnp.arange(size, dtype=jnp.uint32) + jnp.asarray(offsets[d], jnp.uint32)
+        key = _mix(i * by_index + np.uint32(d * 2 + lane + 1))
+        place = place + key.reshape((1,) * d + (size,) + (1,) * (bits.ndim - d - 1))
+    return jnp.sum(_mix((bits * by_bits) ^ place), dtype=jnp.uint32)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """MurmurHash3's finalizer (Appleby): a bijection of 32 bits in which each bit of input moves half of the output."""
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The elements' bits as uint32; 64-bit ones get a last dimension of 2."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    size = x.dtype.itemsize
+    words = lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size])
+    return words.astype(jnp.uint32)

@@ -1,0 +1,128 @@
+"""From a config to what runs: the program, the data, and the words for both."""
+
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from data import Corpus
+from mtx import config as configs
+from mtx import mesh as meshes
+from mtx.attention import choose
+from mtx.config import Config, Loaded
+from mtx.errors import DataError
+from mtx.layout import BoundLayout
+from mtx.metrics import peak_flops
+from mtx.model import Model, flatten
+from mtx.spmd import Manual
+from mtx.step import Program
+
+log = logging.getLogger("mtx")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(config: Config, devices: Sequence[jax.Device], steps: int | None = None) -> Program:
+    """The program that a config describes, on these devices (present or not); `steps` is the run's length."""
+    mesh = meshes.make(config.mesh, devices)
+    layout = BoundLayout.of(config.layout, dict(mesh.shape))
+    model = Model(config.model)
+    layout.check(flatten(model.weights))
+    compute, _ = config.precision.resolve(devices[0])
+    mask = model.mask(config.data.isolate_documents)
+    choose(
+        config.model.attention.backend,
+        devices[0].platform,
+        compute.name,
+        config.model.head_size,
+        config.batch.sequence_length,
+        mask,
+        config.model.attention_dropout,
+        isinstance(config.partition, Manual),
+    )
+    return Program(
+        model=model,
+        mesh=mesh,
+        layout=layout,
+        optimizer=config.optimizer,
+        loss=config.loss,
+        partition=config.partition,
+        compute=compute,
+        stored=jnp.dtype(config.precision.params),
+        mask=mask,
+        steps=steps or config.steps or 1,
+    )
+
+
+def prepare_data(loaded: Loaded, *, alone: bool) -> None:
+    """Shards that are missing are made by the verb `prepare`, in a process of its own.
+
+    Raises: DataError if they cannot be made, or several processes would have to.
+    """
+    if loaded.config.data.is_prepared():
+        return
+    command = [sys.executable, str(ROOT / "main.py"), "prepare", "--config", str(loaded.path)]
+    command += [f"{path}={value}" for path, value in loaded.overrides.items()]
+    if not alone:
+        raise DataError(
+            "the data are not prepared, and several processes do not do it together; run "
+            f"`python main.py prepare {' '.join(command[3:])}` once, on a file system that all of them see."
+        )
+    log.info("data: preparing (once; `python main.py prepare` does it beforehand)")
+    code = subprocess.run(command).returncode
+    if code:
+        raise DataError(f"the data could not be prepared: `prepare` ended with exit code {code}, see above.")
+
+
+def load_data(config: Config) -> Corpus:
+    """The corpus, long enough for one sequence. Raises: DataError."""
+    try:
+        corpus = config.data.load()
+        corpus.train_windows(config.batch.sequence_length)
+        return corpus
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, steps: int, verbose: bool) -> str:
+    """What is about to run, in the words of the config."""
+    sizes = dict(program.mesh.shape)
+    mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+    device = program.mesh.devices.flat[0]
+    dtype, why = config.precision.resolve(device)
+    dtype = jnp.dtype(dtype).name
+    weights = flatten(program.model.weights)
+    parameters = sum(math.prod(w.shape) for w in weights.values())
+    count = configs.microbatches(config, sizes)
+    tokens = config.batch.global_size * config.batch.sequence_length
+    epochs = steps * config.batch.global_size / corpus.train_windows(config.batch.sequence_length)
+    peak = peak_flops(device.device_kind, dtype)
+    return "\n".join(
+        [
+            f"mesh        {mesh} ({program.mesh.size} x {device.device_kind}, "
+            f"{type(program.partition).__name__}, zero={config.layout.zero}, "
+            f"sequence_parallel={config.layout.sequence_parallel})",
+            f"precision   compute {dtype} ({why}), parameters {config.precision.params}",
+            f"model       {parameters:,} parameters, {config.model.layers} layers of width {config.model.width}",
+            f"batch       {tokens:,} tokens: {config.batch.global_size} x {config.batch.sequence_length} "
+            f"in {count} microbatch{'es' if count > 1 else ''}",
+            f"data        {corpus.describe()}",
+            f"length      {steps:,} steps, {steps * tokens:,} tokens, {epochs:.2f} epochs",
+            f"run folder  {workdir} ({_saves(config)})",
+            "MFU         "
+            + (f"of {peak / 1e12:.0f} TFLOP/s" if peak else f"n/a: no peak is known for {device.device_kind}, {dtype}"),
+            program.layout.show(weights, jnp.dtype(program.stored).itemsize, verbose),
+        ]
+    )
+
+
+def _saves(config: Config) -> str:
+    if (rule := config.checkpoints) is None:
+        return "checkpoints=None: nothing is saved"
+    when = [f"every {rule.every_steps} steps"] * bool(rule.every_steps)
+    when += [f"every {rule.every_minutes:g} minutes"] * bool(rule.every_minutes)
+    return f"checkpoints {', '.join([*when, 'at the end and on SIGTERM or Ctrl-C'])}"

@@ -1,0 +1,221 @@
+"""The steps of a run, in order."""
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from data import Corpus
+from mtx import config as configs
+from mtx import decode
+from mtx import metrics as reports
+from mtx.checkpoint import Store
+from mtx.config import Config
+from mtx.errors import DataError, NumericsError, Stopped, StoppedUnsaved
+from mtx.metrics import Clock, Console, Machine, Metrics
+from mtx.model import Batch
+from mtx.step import Program, TrainState
+from mtx.train import saved
+from mtx.train.stopping import Stopping
+from mtx.train.validation import validate
+
+log = logging.getLogger("mtx")
+
+
+class Loop:
+    """One run: `train` is the loop, the other methods are what it does now and then.
+
+    Metrics are read one step late and the next batch is made by a thread, so that the device never waits for
+    the host.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        program: Program,
+        corpus: Corpus,
+        store: Store,
+        stopping: Stopping,
+        console: Console,
+        metrics: Metrics,
+        start: saved.Start,
+    ):
+        self.config, self.program, self.corpus, self.store = config, program, corpus, store
+        self.stopping, self.console, self.metrics = stopping, console, metrics
+        self.state, self.step, self.evaluated = start.state, start.step, start.evaluated
+        self.saved = self.step
+        """The step of the newest checkpoint."""
+        self.samples = int(self.state.samples)
+        self.arriving: tuple[int, int, dict[str, jax.Array]] | None = None
+        self.val_loss: float | None = None
+        self.microbatches = configs.microbatches(config, dict(program.mesh.shape))
+        self.time_T = config.batch.sequence_length
+        self.clock = Clock()
+        self.machine = _machine(config, program)
+        self.step_fn, self.eval_fn = program.compile_train_step(), jax.jit(program.eval_sums)
+        self.norm_fn = jax.jit(optax.tree.norm)
+
+    def train(self) -> TrainState:
+        """All remaining steps. Raises: Stopped after a signal; NumericsError; StorageError."""
+        config, steps = self.config, self.program.steps
+        if not self.evaluated:
+            self.evaluate()
+        if self.step >= steps:
+            self.console.say(f"step {self.step}/{steps}: this run has come to its end before; nothing is left to do")
+            return self.state
+        count, started = np.int32(self.microbatches), time.perf_counter()
+        with ThreadPoolExecutor(1, "batch") as ahead:
+            coming = ahead.submit(self.batch)
+            while self.step < steps:
+                self.obey()
+                with self.clock.data():
+                    batch = coming.result()
+                self.state, values = self.step_fn(self.state, batch, count)
+                self.stopping.begun()
+                self.step, self.samples = self.step + 1, self.samples + config.batch.global_size
+                last = self.step == steps
+                if not last:
+                    coming = ahead.submit(self.batch)
+                if last or self.step % config.log_every == 0:
+                    values["param_norm"] = self.norm_fn(self.state.params)
+                self.arrived()
+                self.arriving = self.step, self.samples, values
+                if started:
+                    jax.block_until_ready(values)
+                    self.console.say(f"compiled and ran the first step in {time.perf_counter() - started:.1f} s")
+                    started = 0.0
+                self.now_and_then(last)
+        return self.state
+
+    def batch(self) -> Batch:
+        """The next global batch, of which this process makes its own rows."""
+        first = self.samples
+        shape = (self.microbatches, self.config.batch.global_size // self.microbatches, self.time_T)
+
+        def load(numbers: np.ndarray) -> dict[str, np.ndarray]:
+            try:
+                return self.corpus.train(self.config.seed, first + numbers, self.time_T)
+            except ValueError as error:
+                raise DataError(str(error)) from error
+
+        return self.program.place_rows(load, shape, self.program.batch_spec)
+
+    def arrived(self) -> None:
+        """Report the step whose metrics are on their way, if there is one."""
+        if self.arriving is None:
+            return
+        (step, samples, on_device), self.arriving = self.arriving, None
+        values = {name: value.item() for name, value in jax.device_get(on_device).items()}
+        tokens = samples * self.time_T
+        pace = self.clock.step(self.config.batch.global_size * self.time_T)
+        row = {"step": step, **values, "tokens": tokens, "samples": samples, **self.machine.rates(pace)}
+        if (memory := reports.memory(self.program.mesh.local_devices)) is not None:
+            row |= dict(zip(("memory_peak_bytes", "memory_limit_bytes"), memory, strict=True))
+        self.metrics.write(step, row)
+        steps, eta_s = self.program.steps, self.clock.remaining_s(self.program.steps - step)
+        self.console.progress(step, loss=values["train/loss"], eta_s=eta_s)
+        if step % self.config.log_every == 0 or step in (1, steps):
+            row |= self.machine.rates(self.clock.since_line())
+            self.console.say(reports.line(row, steps, eta_s))
+        if values["skipped"] > self.config.max_skipped_steps:
+            raise NumericsError(
+                f"step {step}: {values['skipped']} steps were skipped because their gradients were not finite, "
+                f"more than max_skipped_steps={self.config.max_skipped_steps}; nothing of them was saved. "
+                "Lower the learning rate, or raise max_skipped_steps."
+            )
+
+    def now_and_then(self, last: bool) -> None:
+        """Evaluation and saving, where they are due after this step."""
+        config, rule = self.config, self.store.rule
+        self.val_loss = None
+        self.evaluated = not (last or (config.eval_every and self.step % config.eval_every == 0))
+        due = rule is not None and (last or (rule.every_steps and self.step % rule.every_steps == 0))
+        if not self.evaluated or due:
+            self.arrived()
+        if not self.evaluated:
+            self.evaluate()
+        if due:
+            self.save()
+
+    def evaluate(self) -> None:
+        """Loss on the validation split and a sample of text; a stop that was agreed on meanwhile ends it."""
+        config, steps = self.config, self.program.steps
+        with self.clock.excluded(), jax.set_mesh(self.program.mesh):
+            if "validation" in self.corpus.splits:
+                values = validate(
+                    config,
+                    self.program,
+                    self.corpus,
+                    self.eval_fn,
+                    self.state.params,
+                    goes_on=lambda: self.obey() or True,
+                )
+                assert values is not None
+                self.metrics.write(self.step, {"step": self.step, **values})
+                self.val_loss = values["val/loss"]
+                yardstick = self.corpus.gzip_bits_per_byte
+                self.console.say(
+                    f"step {self.step}/{steps}  val loss {values['val/loss']:.4f}  perplexity "
+                    f"{values['val/perplexity']:.2f}  bits per byte {values['val/bits_per_byte']:.4f}"
+                    + (f" (gzip -9: {yardstick:.4f})" if yardstick else "")
+                )
+            if config.sample_tokens and config.model.causal:
+                self.sample()
+        self.evaluated = True
+
+    def sample(self) -> None:
+        prompt = self.corpus.encode("\n")
+        (tokens,) = decode.generate(
+            self.program,
+            self.state.params,
+            [prompt],
+            tokens=min(self.config.sample_tokens, self.time_T - len(prompt)),
+            seed=self.config.seed,
+            vocab_size=self.corpus.vocab_size,
+        )
+        text = self.corpus.decode(tokens)
+        self.metrics.text(self.step, "sample", text)
+        self.console.say(f"sample:\n{text}")
+
+    def obey(self) -> None:
+        """What the processes agreed on, if they did: save, or save and stop."""
+        while (request := self.stopping.tick()) is not None:
+            self.arrived()
+            if self.store.rule is not None and self.saved != self.step:
+                self.save()
+            if request.stops:
+                self.stop(request.why)
+
+    def save(self) -> None:
+        with self.clock.excluded():
+            tokens = self.samples * self.time_T
+            about = saved.about(
+                self.config,
+                self.program,
+                self.corpus,
+                samples=self.samples,
+                tokens=tokens,
+                evaluated=self.evaluated,
+            )
+            self.store.save(self.state, self.step, about, self.val_loss)
+        self.saved = self.step
+
+    def stop(self, why: str) -> None:
+        at = f"stopped by {why} at step {self.step}/{self.program.steps}"
+        if self.saved != self.step:
+            raise StoppedUnsaved(f"{at}; checkpoints=None, so that nothing is saved.")
+        self.store.close()
+        raise Stopped(f"{at}; step {self.saved} is saved, the same command goes on.")
+
+
+def _machine(config: Config, program: Program) -> Machine:
+    device = program.mesh.devices.flat[0]
+    return Machine(
+        devices=program.mesh.size,
+        flops_per_token=reports.flops_per_token(program.model, config.batch.sequence_length),
+        peak_flops=reports.peak_flops(device.device_kind, jnp.dtype(program.compute).name),
+    )

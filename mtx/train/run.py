@@ -1,0 +1,156 @@
+"""The verb `train`: everything in its order, from the config to the last step."""
+
+import contextlib
+import functools
+import logging
+import os
+import stat
+import sys
+import traceback
+from pathlib import Path
+
+import jax
+
+from mtx import config as configs
+from mtx.checkpoint import Store
+from mtx.config import Cluster, Loaded
+from mtx.errors import NumericsError, Stopped, UserError
+from mtx.metrics import Console, Metrics
+from mtx.step import TrainState
+from mtx.train import saved
+from mtx.train.build import banner, build, load_data, prepare_data
+from mtx.train.loop import Loop
+from mtx.train.stopping import SAVE, Stopping, each
+
+log = logging.getLogger("mtx")
+
+HEARTBEAT_S = 30
+"""A process that is gone is noticed, and ends the others, after this long."""
+
+
+def run(
+    loaded: Loaded,
+    *,
+    argv: list[str],
+    verbose: bool = False,
+    devices: int | None = None,
+    cluster: Cluster | None = None,
+    fresh: bool = False,
+    accept_changes: bool = False,
+) -> TrainState:
+    """Train `loaded.config` from where its run folder stands to its last step; returns the final state.
+
+    `fresh` starts anew in a folder that holds steps; `accept_changes` resumes although model or data changed.
+    Raises: ConfigError before any device is touched, DeviceError if the mesh does not fit them, DataError,
+    CheckpointError, NumericsError, StorageError; Stopped after a signal, when all is saved.
+    """
+    try:
+        return _run(loaded, argv, verbose, devices, cluster, fresh, accept_changes)
+    except (Stopped, NumericsError):
+        raise  # every process comes to it at the same step
+    except Exception as error:
+        if cluster is None:
+            raise
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        # The others wait in a collective: without the barrier of an orderly end they notice within HEARTBEAT_S.
+        os._exit(getattr(error, "exit_code", 1))
+
+
+def _run(
+    loaded: Loaded,
+    argv: list[str],
+    verbose: bool,
+    devices: int | None,
+    cluster: Cluster | None,
+    fresh: bool,
+    accept_changes: bool,
+) -> TrainState:
+    config, workdir = loaded.config, configs.workdir(loaded)
+    configs.check(config, devices)
+    first = cluster is None or cluster.process == 0
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        nothing_to_save = functools.partial(_nothing_to_save, workdir)
+        if cluster is None:
+            stopping = enter(Stopping(nothing_to_save))
+        # What needs no device comes first: its mistakes cost nothing, and several processes end one by one.
+        talk(first)
+        prepare_data(loaded, alone=cluster is None)
+        corpus = load_data(config)
+        connect(cluster)
+        if cluster is not None:
+            stopping = enter(Stopping(nothing_to_save, alone=False))
+        enter(each(config.stop_after_minutes, lambda: stopping.ask("stop_after_minutes")))
+        configs.check(config, jax.device_count())
+        steps = configs.total_steps(config, lambda: corpus.train_windows(config.batch.sequence_length))
+        program = build(config, jax.devices(), steps)
+
+        enter(saved.claimed(workdir, first))
+        store = Store(workdir / saved.FOLDER, config.checkpoints)
+        resumes = bool(store.steps()) and not fresh
+        if not resumes:
+            saved.set_aside(workdir, first)
+        console = enter(Console(workdir / "log.txt", total_steps=steps, append=resumes, first=first))
+        begin = saved.start(loaded, program, corpus, store, accept_changes)
+        if first:
+            configs.write_run_folder(loaded, workdir, argv)
+        console.say(banner(config, program, corpus, workdir, steps, verbose))
+        metrics = enter(Metrics(workdir if first else None, begin.step, config.reporting, configs.dump(config)))
+        rule = config.checkpoints
+        enter(each(rule.every_minutes if rule and first else 0, lambda: stopping.ask(SAVE)))
+        enter(jax.set_mesh(program.mesh))
+        state = Loop(config, program, corpus, store, stopping, console, metrics, begin).train()
+        store.close()
+        console.say(f"run folder: {workdir}")
+        return state
+
+
+def talk(first: bool = True) -> None:
+    """Logging to standard error; processes other than the first only warn."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    log.setLevel(logging.INFO if first else logging.WARNING)
+
+
+def connect(cluster: Cluster | None) -> None:
+    """Joins the processes of a run; from here on JAX may be asked for devices."""
+    if cluster is not None:
+        jax.config.update("jax_enable_preemption_service", False)  # signals are ours: see stopping.py
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.processes,
+            cluster.process,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=HEARTBEAT_S,
+        )
+    keep_compiled()
+
+
+def keep_compiled() -> None:
+    """A compile cache that outlives the process, where JAX was not given one.
+
+    Whoever can write to it can run code as its user: it is used only if nobody else can.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtx" / "compile"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+    except OSError as error:
+        log.warning("nothing compiled is kept for the next start: %s", error)
+        return
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        log.warning("the compile cache %s is not used: others can write to it, and may have. Remove it.", folder)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _nothing_to_save(workdir: Path, why: str) -> None:
+    """Ends the process at once: no step was made since the last checkpoint."""
+    steps = Store(workdir / saved.FOLDER).steps()
+    newest = f"the newest checkpoint is that of step {steps[0]}" if steps else "there is no checkpoint"
+    log.warning("stopped by %s before the first step: nothing is new, %s; the same command goes on.", why, newest)
+    os._exit(Stopped.exit_code)

@@ -1,0 +1,239 @@
+"""What a run folder holds: resuming from it, starting anew in it, taking weights out of it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data import Corpus
+from mtx import config as configs
+from mtx.checkpoint import Found, Store
+from mtx.config import Config, Loaded
+from mtx.errors import CheckpointError, ConfigError, DeviceError
+from mtx.mesh import MeshConfig
+from mtx.step import Program, TrainState
+from mtx.train.build import build, load_data
+
+log = logging.getLogger("mtx")
+
+FOLDER = "checkpoints"
+EARLIER = "earlier"
+FREE = ("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths")
+"""Fields below `MEANING` that change how things are computed or where they lie, not what they are."""
+MEANING = ("model", "data", "batch.sequence_length", "seed", "precision.params")
+"""What a model and its data are. What they hold is compared by digests besides."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    state: TrainState
+    step: int = 0
+    evaluated: bool = True
+    """Whether the evaluation that is due at this step was done before the run stopped."""
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, first: bool) -> Iterator[None]:
+    """The folder, made if need be, for this run alone: the lock falls with the process, however it ends."""
+    if not first:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"workdir={workdir} is in use by another run; give this one its own workdir.") from None
+        except OSError:
+            log.warning("workdir=%s: this file system has no locks; start no second run in it.", workdir)
+        yield
+
+
+def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept_changes: bool) -> Start:
+    """The newest checkpoint that verifies; a new state where there is none.
+
+    Raises: CheckpointError if there are checkpoints and none can be used, or one does not fit the config;
+    ConfigError if the config now means another model or other data.
+    """
+    config = loaded.config
+    below, skipped = None, ()
+    while (found := store.newest(below, skipped)) is not None:
+        refuse_changes(found, config, corpus, accept_changes)
+        try:
+            state = store.restore(found, program.abstract_state())
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever Orbax says of what it cannot read: the files are as they were written
+            below, skipped = found.step, [*found.skipped, (found.step, " ".join(str(error).split())[:300])]
+            continue
+        for step, why in found.skipped:
+            log.warning("step %d is skipped: %s (kept in %s/damaged)", step, why, store.folder)
+        if found.skipped and store.rule is not None:
+            store.quarantine(found.skipped)
+        about = found.manifest.about
+        saved_on = about["mesh"] if about["mesh"] != _mesh(program) else "the same mesh"
+        log.info("resumed     step %d, %s tokens (saved on %s)", found.step, f"{about['tokens']:,}", saved_on)
+        return Start(state, found.step, about["evaluated"])
+    state = program.init(config.seed)
+    if config.init_from is not None:
+        params, found = warm_start(Path(config.init_from), program, corpus, accept_changes)
+        state = dataclasses.replace(state, params=params)
+        log.info("weights     of step %d of %s", found.step, config.init_from)
+    return Start(state)
+
+
+def set_aside(workdir: Path, first: bool) -> None:
+    """Moves what an earlier run left in the folder to earlier/1, earlier/2 ...; deletes nothing."""
+    left = [path for path in workdir.iterdir() if path.name not in ("lock", EARLIER)] if first else []
+    metrics = workdir / "metrics.jsonl"
+    if not (workdir / FOLDER).is_dir() and not (metrics.is_file() and metrics.stat().st_size):
+        return
+    number = 1
+    while (into := workdir / EARLIER / str(number)).exists():
+        number += 1
+    into.mkdir(parents=True)
+    for path in left:
+        shutil.move(path, into / path.name)
+    log.info("an earlier run of this folder is now in %s", into)
+
+
+def refuse_changes(found: Found, config: Config, corpus: Corpus, accept_changes: bool) -> None:
+    """Says what changed since the checkpoint. Raises: ConfigError if that changes the meaning of model or data."""
+    about = found.manifest.about
+    changed = configs.differences(about["config"], config)
+    for path, old, new in changed:
+        log.info("changed     %s: %s -> %s", path, old, new)
+    wrong = [f"{path}: {old} -> {new}" for path, old, new in changed if _means(path)]
+    for name, now in (("data", corpus.digest), ("tokenizer", corpus.tokenizer.digest)):
+        if about[name] != now:
+            old_source = f" ({about['source']} -> {corpus.source})" if about["source"] != corpus.source else ""
+            wrong.append(f"the {name}'s digest: {about[name][:16]} -> {now[:16]}{old_source}")
+    if wrong and accept_changes:
+        log.warning("accepted: %s", "; ".join(wrong))
+    elif wrong:
+        raise ConfigError(
+            f"the run in this folder (step {found.step}) has another model or other data; {'; '.join(wrong)}. "
+            "Undo the change, or set another workdir, or say --accept-changes to go on all the same, or --fresh to "
+            "start anew (the old run moves to earlier/)."
+        )
+
+
+def _means(path: str) -> bool:
+    def under(names: tuple[str, ...]) -> bool:
+        return any(path == name or path.startswith(f"{name}.") for name in names)
+
+    return under(MEANING) and not under(FREE)
+
+
+def warm_start(path: Path, program: Program, corpus: Corpus, accept_changes: bool) -> tuple[Any, Found]:
+    """Weights of the newest checkpoint of a run folder, or of one step's folder; nothing else of it."""
+    found, params = weights(path, program)
+    if found.manifest.about["tokenizer"] != corpus.tokenizer.digest and not accept_changes:
+        raise ConfigError(
+            f"init_from={path} was trained with another tokenizer; its tokens mean other text. "
+            "Use its tokenizer, or say --accept-changes."
+        )
+    return params, found
+
+
+def weights(path: Path, program: Program, step: int | None = None) -> tuple[Found, Any]:
+    """Weights alone, verified. Raises: CheckpointError."""
+    if path.name.isdigit() and path.parent.name == FOLDER:
+        step, path = int(path.name), path.parent.parent
+    store = Store(path / FOLDER)
+    found = store.newest() if step is None else store.at(step)
+    if found is None:
+        raise CheckpointError(f"{path} holds no checkpoints; name a run folder such as runs/quickstart.")
+    for skipped, why in found.skipped:
+        log.warning("step %d is skipped: %s", skipped, why)
+    try:
+        return found, store.restore(found, {"params": program.abstract_state().params})["params"]
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"step {found.step} of {path} cannot be read: {error}") from error
+
+
+def about(
+    config: Config, program: Program, corpus: Corpus, *, samples: int, tokens: int, evaluated: bool
+) -> Mapping[str, Any]:
+    """What a checkpoint says about itself besides its arrays."""
+    return {
+        "config": configs.dump(config),
+        "samples": samples,
+        "tokens": tokens,
+        "data": corpus.digest,
+        "source": corpus.source,
+        "tokenizer": corpus.tokenizer.digest,
+        "mesh": _mesh(program),
+        "processes": jax.process_count(),
+        "versions": configs.versions(),
+        "evaluated": evaluated,
+    }
+
+
+def _mesh(program: Program) -> str:
+    sizes = [f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1]
+    return " x ".join(sizes) or "one device"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished or running run, for reading: its config, data, and newest weights."""
+
+    config: Config
+    program: Program
+    corpus: Corpus
+    params: Any
+    step: int
+
+
+def open_run(folder: Path, words: Sequence[str] = (), step: int | None = None) -> Opened:
+    """The weights of a run's newest checkpoint that verifies (or of one step), on this machine's devices.
+
+    The mesh is the run's where it fits the devices, else all of them as `data`; `words` override fields.
+    Raises: ConfigError, DeviceError, DataError, CheckpointError.
+    """
+    config = configs.override(read_config(folder), words)
+    count = jax.device_count()
+    named = any(word.lstrip("-").startswith("mesh") for word in words)
+    if not named and not _fits(config, count):
+        config = dataclasses.replace(config, mesh=MeshConfig())
+        count = 1
+    configs.check(config, count)
+    corpus = load_data(config)
+    program = build(config, jax.devices()[:count], config.steps)
+    found, params = weights(folder, program, step)
+    for name, now in (("data", corpus.digest), ("tokenizer", corpus.tokenizer.digest)):
+        if found.manifest.about[name] != now:
+            log.warning("the %s of this machine are not those of the run: %s", name, corpus.source)
+    return Opened(config, program, corpus, params, found.step)
+
+
+def _fits(config: Config, devices: int) -> bool:
+    try:
+        configs.check(config, devices)
+    except DeviceError:
+        return False
+    return True
+
+
+def read_config(folder: Path) -> Config:
+    """The config that a run folder was last started with. Raises: ConfigError."""
+    path = folder / "config.json"
+    try:
+        return configs.read_dump(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} is no run folder: it has no config.json; such as runs/quickstart.") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is not of this version: {type(error).__name__}: {error}.") from error

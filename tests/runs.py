@@ -1,0 +1,93 @@
+"""Real runs through the command line, and what they left: for tests of stopping, resuming and several processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mtx.checkpoint import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    *("model.layers=1", "model.width=32", "model.mlp.width=64", "model.dropout=0.1", "batch.sequence_length=32"),
+    *("steps=12", "log_every=2", "eval_every=4", "eval_sequences=64", "sample_tokens=8", "checkpoints.every_steps=3"),
+]
+ABOUT_TIME = {"step_s", "data_wait_s", "tokens_per_s", "tokens_per_s_per_device", "tflops_per_s_per_device", "mfu"}
+
+
+def command(workdir: Path, *words: str) -> list[str]:
+    """Words replace those of `SMALL` that set the same field."""
+    config = [] if "--config" in words else ["--config", "configs/quickstart.py"]
+    taken = {word.partition("=")[0] for word in words}
+    small = [word for word in SMALL if word.partition("=")[0] not in taken and word.partition(".")[0] not in taken]
+    return [sys.executable, "main.py", *config, *small, f"workdir={workdir}", *words]
+
+
+def begin(workdir: Path, *words: str) -> subprocess.Popen:
+    argv = command(workdir, *words)
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def end(child: subprocess.Popen, code: int | Sequence[int] = 0) -> str:
+    try:
+        output = child.communicate(timeout=400)[0]
+    finally:
+        child.kill()
+    codes = [code] if isinstance(code, int) else code
+    assert child.returncode in codes, f"exit code {child.returncode}, not {code}:\n{output}"
+    return output
+
+
+def train(workdir: Path, *words: str, code: int = 0) -> str:
+    return end(begin(workdir, *words), code)
+
+
+def port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def begin_together(workdir: Path, processes: int, *words: str, devices: int = 8) -> list[subprocess.Popen]:
+    cluster = ["--coordinator", f"127.0.0.1:{port()}", "--processes", str(processes)]
+    each = ["--devices", str(devices // processes), *cluster]
+    return [begin(workdir, *words, *each, "--process", str(i)) for i in range(processes)]
+
+
+def rows(workdir: Path, *, timing: bool = False) -> list[dict]:
+    """metrics.jsonl; without what differs from run to run."""
+    path = workdir / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in row.items() if timing or k not in ABOUT_TIME} for row in found]
+
+
+def digests(workdir: Path, step: int = 12) -> dict[str, str]:
+    """Of every array of a verified checkpoint."""
+    return {name: a.digest for name, a in Store(workdir / "checkpoints").at(step).manifest.arrays.items()}
+
+
+def wait_for(workdir: Path, child: subprocess.Popen, there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not there():
+        assert child.poll() is None, f"it ended too early:\n{child.communicate()[0]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def at_step(workdir: Path, child: subprocess.Popen, step: int) -> None:
+    wait_for(workdir, child, lambda: any(row["step"] >= step for row in _whole_rows(workdir)))
+
+
+def _whole_rows(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def stop(child: subprocess.Popen, number: signal.Signals) -> None:
+    os.kill(child.pid, number)

@@ -1,0 +1,185 @@
+"""Run folders through the command line: resumed on another mesh, from an older step, with another config, or not."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+
+from mtx.checkpoint import Store
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps on one device, of which steps 9 and 12 are kept."""
+    workdir = tmp_path_factory.mktemp("whole")
+    runs.train(workdir, "--devices", "1")
+    return workdir
+
+
+@pytest.fixture
+def nine(whole: Path, tmp_path: Path) -> Path:
+    """The same run before its last three steps."""
+    shutil.copytree(whole, tmp_path / "nine")
+    shutil.rmtree(tmp_path / "nine/checkpoints/12")
+    return tmp_path / "nine"
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 8
+    path.write_bytes(raw)
+
+
+def losses(workdir: Path) -> list[float]:
+    return [row[name] for row in runs.rows(workdir) for name in ("train/loss", "val/loss") if name in row]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--devices", "8", "mesh.data=4", "mesh.model=2", "layout.zero=3", "layout.sequence_parallel=true"],
+        ["--devices", "8", "mesh.replica=2", "mesh.data=2", "mesh.model=2", "layout.zero=1", "partition=Compiled"],
+        ["--devices", "2", "mesh.data=2", "layout.zero=2", "batch.micro_size=1"],
+    ],
+    ids=["manual", "compiled", "accumulated"],
+)
+def test_goes_on_on_another_mesh(nine: Path, whole: Path, words: list[str]):
+    said = runs.train(nine, *words)
+    assert "resumed     step 9, 2,304 tokens (saved on one device)" in said
+    assert losses(nine) == pytest.approx(losses(whole), rel=TOLERANCE)
+    assert losses(nine)[:9] == losses(whole)[:9]
+
+
+def test_from_eight_devices_to_one_with_the_optimizer(tmp_path: Path, whole: Path):
+    words = ["mesh.data=2", "mesh.model=4", "layout.zero=2"]
+    child = runs.begin(tmp_path, "--devices", "8", *words)
+    runs.at_step(tmp_path, child, 6)
+    child.terminate()
+    runs.end(child, 75)
+    assert "saved on data=2 x model=4" in runs.train(tmp_path, "--devices", "1")
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=TOLERANCE)
+
+
+def test_a_damaged_newest_step_falls_back_says_so_and_is_kept(nine: Path, whole: Path):
+    shutil.copytree(whole / "checkpoints/12", nine / "checkpoints/12")
+    flip(next((nine / "checkpoints/12").rglob("d/*")))
+    said = runs.train(nine, "--devices", "1")
+    assert "step 12 is skipped: " in said
+    assert "its SHA-256 differs" in said
+    assert "resumed     step 9," in said
+    assert (nine / "checkpoints/damaged/12-1/manifest.json").exists()
+    assert runs.digests(nine) == runs.digests(whole)
+    assert runs.rows(nine) == runs.rows(whole)
+
+
+def test_if_none_verifies_it_stops_and_only_fresh_starts_anew(nine: Path):
+    flip(nine / "checkpoints/9/manifest.json")
+    before = (nine / "metrics.jsonl").read_bytes()
+    said = runs.train(nine, "--devices", "1", code=66)
+    assert "none verifies (step 9: manifest.json is damaged" in said
+    assert "--fresh" in said
+    assert (nine / "metrics.jsonl").read_bytes() == before
+    said = runs.train(nine, "--devices", "1", "--fresh", "steps=2")
+    assert "resumed" not in said
+    assert (nine / "earlier/1/metrics.jsonl").read_bytes() == before
+    assert (nine / "earlier/1/checkpoints/9/manifest.json").exists()
+    assert [row["step"] for row in runs.rows(nine)] == [1, 2, 2]
+
+
+def test_an_empty_integer_folder_is_named(nine: Path):
+    (nine / "checkpoints/11").mkdir()
+    assert "step 11 is skipped: the folder is empty" in runs.train(nine, "--devices", "1", "steps=10")
+
+
+def test_a_run_without_checkpoints_moves_aside(tmp_path: Path):
+    for _ in range(2):
+        runs.train(tmp_path, "--devices", "1", "checkpoints=None", "steps=2")
+    assert [row["step"] for row in runs.rows(tmp_path)] == [1, 2, 2]
+    assert [row["step"] for row in runs.rows(tmp_path / "earlier/1")] == [1, 2, 2]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_at_its_end_does_nothing_more(whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "done")
+    assert "has come to its end before" in runs.train(tmp_path / "done", "--devices", "1")
+    assert runs.rows(tmp_path / "done") == runs.rows(whole)
+
+
+# Another config
+
+
+def test_a_change_is_printed_and_goes_on(nine: Path):
+    said = runs.train(nine, "--devices", "1", "optimizer.schedule.peak_lr=1e-4", "model.remat=full", "steps=10")
+    assert "changed     optimizer.schedule.peak_lr: 0.004 -> 0.0001" in said
+    assert "changed     model.remat: none -> full" in said
+    assert "resumed     step 9" in said
+
+
+@pytest.mark.parametrize("word", ["model.dropout=0.2", "data.validation_fraction=0.1", "seed=1"])
+def test_what_changes_the_meaning_is_refused_unless_said(nine: Path, word: str):
+    path, _, new = word.partition("=")
+    said = runs.train(nine, "--devices", "1", word, code=64)
+    assert "has another model or other data; " in said
+    assert f"{path}: " in said
+    assert f"-> {new}" in said
+    assert "accepted: " in runs.train(nine, "--devices", "1", word, "steps=10", "--accept-changes")
+
+
+def test_another_shape_is_refused_even_then(nine: Path):
+    said = runs.train(nine, "--devices", "1", "model.mlp.width=128", "--accept-changes", code=66)
+    assert "params/layers/mlp/out_FD has shape [1, 64, 32] in the checkpoint, [1, 128, 32] in the model" in said
+
+
+def test_another_dtype_is_refused(nine: Path):
+    said = runs.train(nine, "--devices", "1", "precision.params=bfloat16", "--accept-changes", code=66)
+    assert "is float32 in the checkpoint, bfloat16 in the model (nothing is cast)" in said
+
+
+# Weights alone
+
+
+def test_init_from_takes_weights_and_nothing_else(whole: Path, tmp_path: Path):
+    for source in (whole, whole / "checkpoints/9"):
+        workdir = tmp_path / source.name
+        said = runs.train(workdir, "--devices", "1", f"init_from={source}", "steps=1", "seed=3")
+        step = 12 if source == whole else 9
+        assert f"weights     of step {step} of {source}" in said
+        first, *_ = runs.rows(workdir)
+        assert first["samples"] == 8
+        before = [row["val/loss"] for row in runs.rows(whole) if "val/loss" in row]
+        assert first["train/loss"] < before[0] + 0.5, "the weights were learned"
+
+
+def test_init_from_something_else_is_refused(whole: Path, tmp_path: Path):
+    said = runs.train(tmp_path / "a", "--devices", "1", f"init_from={tmp_path}", code=66)
+    assert "holds no checkpoints" in said
+    said = runs.train(tmp_path / "b", "--devices", "1", f"init_from={whole}", "model.width=64", code=66)
+    assert "params/ends/norm/gain_D has shape [32] in the checkpoint, [64] in the model" in said
+
+
+# The folder
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path):
+    first = runs.begin(tmp_path, "steps=100000")
+    runs.at_step(tmp_path, first, 1)
+    assert "is in use by another run" in runs.train(tmp_path, code=64)
+    first.terminate()
+    runs.end(first, 75)
+
+
+def test_the_folder_tells_what_ran(whole: Path):
+    about = Store(whole / "checkpoints").at(12).manifest.about
+    assert about["samples"] == 96
+    assert about["tokens"] == 3072
+    assert about["config"]["steps"] == 12
+    assert about["evaluated"]
+    assert len(about["data"]) == 16
+    assert len(about["tokenizer"]) == 64
+    assert set(about["versions"]) >= {"jax", "flax", "orbax-checkpoint"}
+    log = (whole / "log.txt").read_text()
+    assert "step 12/12  loss" in log
+    assert "\x1b" not in log

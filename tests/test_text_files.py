@@ -1,0 +1,306 @@
+"""Text files as a corpus: what the config says, what a change of text or settings does, and damage to the shards."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_tokenizer import LEARNED, unigram
+
+from data import Bpe, Bytes, Skip, TextFiles, TokenizerFile
+from data.manifest import Manifest
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps"]
+
+
+def write_text(folder: Path, documents: int = 120, seed: int = 0) -> list[str]:
+    """Three files of JSON lines, different documents; returns their texts in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    texts = [f"{i} " + " ".join(draw.choices(WORDS, k=draw.randint(5, 40))) for i in range(documents)]
+    third = -(-documents // 3)
+    for i in range(3):
+        rows = [json.dumps({"text": text}) + "\n" for text in texts[third * i : third * i + third]]
+        (folder / f"{i}.jsonl").write_text("".join(rows))
+    return texts
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextFiles:
+    """Prepared shards, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    made = TextFiles(paths="text", split="8,1,1")
+    made.prepare(lambda line: None)
+    return made
+
+
+def refused(config: TextFiles, message: str) -> None:
+    """Both ways to open it say so, and what to type."""
+    for use in config.load, config.verify:
+        with pytest.raises(ValueError, match=message) as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+# Opening
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), Bpe(vocab_size=300), TokenizerFile(path="tok.json")])
+def test_what_is_prepared_is_what_is_read(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tok.json").write_bytes(Bpe(vocab_size=310).learn(LEARNED))
+    texts = write_text(tmp_path / "text")
+    config = TextFiles(paths="text", tokenizer=tokenizer, split="8,1,1")
+    assert not list(config.check()) and not config.is_prepared()
+    config.prepare(lambda line: None)
+    assert config.is_prepared()
+    config.verify()
+    corpus = config.load()
+    assert corpus.vocab_size == config.vocab_size == {Bytes: 257, Bpe: 300, TokenizerFile: 310}[type(tokenizer)]
+    found = {name: corpus.decode(split.tokens_N).splitlines() for name, split in corpus.splits.items()}
+    assert {name: len(lines) for name, lines in found.items()} == {"train": 96, "validation": 12, "test": 12}
+    assert sorted(line for lines in found.values() for line in lines) == sorted(texts)
+    for name, split in corpus.splits.items():
+        assert split.documents == len(found[name])
+        assert split.bytes == sum(map(len, found[name]))
+        assert found[name] == [text for text in texts if text in set(found[name])]  # in the order of files
+        assert isinstance(split.tokens_N, np.memmap)
+    assert (corpus.train_documents, corpus.validation_documents) == (96, 12)
+    assert corpus.validation_bytes == sum(map(len, found["validation"]))
+    assert corpus.validation(64)["tokens"].shape[0] == corpus.splits["validation"].windows(64)
+    assert 0.5 < corpus.gzip_bits_per_byte < 4
+    assert "96 documents" in corpus.describe() and "\n" not in corpus.describe()
+
+
+def test_an_epoch_of_shards_holds_each_token_once(config: TextFiles) -> None:
+    corpus = config.load()
+    windows = corpus.train_windows(32)
+    batch = corpus.train(0, np.arange(windows, 2 * windows), 32)
+    real = batch["segments"] > 0
+    assert sorted(batch["targets"][real]) == sorted(corpus.splits["train"].tokens_N[1:])
+
+
+def test_who_joins_documents_reads_the_same_shards(config: TextFiles) -> None:
+    joined = dataclasses.replace(config, isolate_documents=False)
+    assert joined.prepared_folder() == config.prepared_folder()
+    assert joined.load().train(0, [0], 64)["segments"].max() == 1 < config.load().train(0, [0], 512)["segments"].max()
+
+
+def test_shards_do_without_the_text_and_the_tokenizers_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    Path("tok.json").write_bytes(unigram())
+    config = TextFiles(paths="text", tokenizer=TokenizerFile(path="tok.json"))
+    config.prepare(lambda line: None)
+    before = config.load()
+    shutil.rmtree("text")
+    Path("tok.json").unlink()
+    assert not list(config.check()) and config.vocab_size == 99
+    assert config.load().digest == before.digest
+    config.verify()
+
+
+def test_before_it_is_prepared_it_says_what_to_type(tmp_path: Path) -> None:
+    refused(TextFiles(paths="x", folder=str(tmp_path)), r"data\.paths=x has no shards in .*python main\.py prepare")
+
+
+# What changed
+
+
+def test_changed_text_is_named(config: TextFiles) -> None:
+    row = json.dumps({"text": "another"}) + "\n"
+    with open("text/1.jsonl", "a") as file:
+        file.write(row)
+    refused(config, r"text/1\.jsonl has changed since the text was prepared; .*verb prepare.*replaces")
+    config.prepare(lambda line: None)
+    config.verify()
+    Path("text/3.jsonl").write_text(row)
+    Path("text/0.jsonl").rename("text/0.md")
+    refused(config, r"text/0\.jsonl is gone since the text was prepared \(and 2 more\)")
+    config.prepare(lambda line: None)
+    os.utime("text/2.jsonl")
+    refused(config, r"text/2\.jsonl has changed")
+
+
+def test_ignored_files_do_not_matter_but_are_listed(config: TextFiles, capsys: pytest.CaptureFixture) -> None:
+    for name in "readme.rst", ".hidden.jsonl":
+        Path("text", name).write_text("x")
+    assert config.load()
+    lines: list[str] = []
+    again = dataclasses.replace(config, folder="elsewhere")
+    again.prepare(lines.append)
+    assert lines[0] == "ignores 2 hidden files or files of no known kind: text/.hidden.jsonl, text/readme.rst"
+    assert again.manifest().ignored == ["text/.hidden.jsonl", "text/readme.rst"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"split": "7,2,1"},
+        {"tokenizer": Bpe(vocab_size=300)},
+        {"text_key": "body"},
+        {"bad_records": Skip()},
+        {"cut_text_bytes": 5},
+        {"max_record_bytes": 5000},
+        {"paths": "text/"},
+    ],
+)
+def test_another_recipe_has_another_folder(change: dict, config: TextFiles) -> None:
+    other = dataclasses.replace(config, **change)
+    assert other.prepared_folder() != config.prepared_folder()
+    assert config.prepared_folder().parent == Path("prepared") and len(config.prepared_folder().name) == 12
+    (name,) = change
+    here = dataclasses.replace(other, folder=str(config.prepared_folder()))
+    refused(here, rf"was prepared with data\.{name}=.*, not .*; .*verb prepare .* or name another data\.folder")
+
+
+def test_a_changed_tokenizer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    Path("tok.json").write_bytes(unigram())
+    config = TextFiles(paths="text", tokenizer=TokenizerFile(path="tok.json"))
+    config.prepare(lambda line: None)
+    digest = config.load().digest
+    Path("tok.json").write_bytes(unigram() + b"\n")
+    refused(config, r"tok\.json has changed since the shards")
+    config.prepare(lambda line: None)
+    assert config.load().digest != digest
+    Path(config.prepared_folder(), "tokenizer.json").write_bytes(unigram())
+    refused(config, r"tokenizer\.json is not the tokenizer of the shards")
+
+
+def test_the_digest_is_of_the_tokens(config: TextFiles) -> None:
+    digest = config.load().digest
+    same = dataclasses.replace(config, folder="same", max_record_bytes=10_000)
+    same.prepare(lambda line: None)
+    assert same.load().digest == digest and len(digest) == 16
+    write_text(Path("text"), seed=1)
+    config.prepare(lambda line: None)
+    assert config.load().digest != digest
+
+
+# Damage
+
+
+def test_damaged_shards_are_named_and_written_again(config: TextFiles) -> None:
+    folder = config.prepared_folder()
+    for name, damage in {
+        "train.bin": lambda raw: raw[:-2],
+        "train.idx": lambda raw: raw + b"x",
+        "validation.idx": lambda raw: b"x" + raw[1:],
+    }.items():
+        raw = (folder / name).read_bytes()
+        (folder / name).write_bytes(damage(raw))
+        refused(config, rf"{name} ")
+        lines: list[str] = []
+        config.prepare(lines.append)
+        assert "prepares" in lines[0] and name in lines[0]
+        assert (folder / name).read_bytes() == raw
+
+
+def test_a_flipped_bit_is_found_by_verify_and_mended_by_prepare(config: TextFiles) -> None:
+    path = config.prepared_folder() / "train.bin"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:100] + bytes([raw[100] ^ 1]) + raw[101:])
+    config.load()
+    with pytest.raises(ValueError, match=r"train\.bin has SHA-256"):
+        config.verify()
+    config.prepare(lambda line: None)
+    config.verify()
+    assert path.read_bytes() == raw
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace('"documents": 96', '"documents": 97'), "was changed after it was written"),
+        (lambda text: text[:-20], "is no manifest of prepared text"),
+        (lambda text: "[]", "is no manifest of prepared text"),
+        (lambda text: '{"a": 1}', "is no manifest of prepared text"),
+        (lambda text: text.replace("text 1", "text 2"), "has the format 'mtx prepared text 2'; this program reads"),
+    ],
+)
+def test_a_damaged_manifest_is_named(change, message: str, config: TextFiles) -> None:
+    path = config.prepared_folder() / "manifest.json"
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
+    refused(config, rf"manifest\.json {message}")
+    config.prepare(lambda line: None)
+    assert path.read_text() == before
+
+
+def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
+    import hashlib
+
+    folder = config.prepared_folder()
+    manifest = Manifest.read(folder)
+    for source in manifest.sources:
+        raw = Path(source.path).read_bytes()
+        assert source.sha256 == hashlib.sha256(raw).hexdigest()
+        assert (source.bytes, source.documents, source.empty, source.bad) == (len(raw), 40, 0, {})
+    assert list(manifest.splits) == ["train", "validation", "test"]
+    for name, shard in manifest.splits.items():
+        for suffix, size, sha256 in (
+            (".bin", shard.bin_bytes, shard.bin_sha256),
+            (".idx", shard.idx_bytes, shard.idx_sha256),
+        ):
+            raw = (folder / f"{name}{suffix}").read_bytes()
+            assert (len(raw), hashlib.sha256(raw).hexdigest()) == (size, sha256)
+    assert manifest.recipe["tokenizer"] == {"class": "Bytes"}
+    names = {"manifest.json", "prepare.lock"} | {f"{s}{e}" for s in manifest.splits for e in (".bin", ".idx")}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+# The config
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "why"),
+    [
+        ({"paths": " ,"}, "paths", "is empty"),
+        ({"text_key": ""}, "text_key", "is empty"),
+        ({"split": "1"}, "split", "two or three numbers"),
+        ({"split": "1,1,1,1"}, "split", "two or three numbers"),
+        ({"split": "0,1"}, "split", "the first above 0"),
+        ({"split": "1,-1"}, "split", "none below"),
+        ({"split": "a,b"}, "split", "two or three numbers"),
+        ({"split": "nan,1"}, "split", "two or three numbers"),
+        ({"split": "1/0,1"}, "split", "two or three numbers"),
+        ({"cut_text_bytes": -1}, "cut_text_bytes", "at least 0"),
+        ({"cut_text_bytes": 100, "max_record_bytes": 100}, "cut_text_bytes", "at most half"),
+        ({"max_record_bytes": 0}, "max_record_bytes", "must lie in"),
+        ({"max_record_bytes": 2**31}, "max_record_bytes", "must lie in"),
+        ({"folder": ""}, "folder", "is empty"),
+        ({"tokenizer": TokenizerFile(path="no.json")}, "tokenizer.path", r"no\.json cannot be read: No such file"),
+    ],
+)
+def test_check_names_the_field(change: dict, field: str, why: str) -> None:
+    import re
+
+    assert not list(TextFiles(paths="x").check())
+    ((found, said),) = TextFiles(**({"paths": "x"} | change)).check()
+    assert found == field and re.search(why, said)
+    assert [name for name, _ in Skip(budget=0).check()] == ["budget"] and not list(Skip().check())
+
+
+def test_loading_needs_no_heavy_package_and_little_time(config: TextFiles) -> None:
+    """A million documents cost no more than three: nothing of the index is read but its ends."""
+    from data.shards import Writer
+
+    folder = config.prepared_folder()
+    writer = Writer(folder, "train", "uint16", 256)
+    for tokens in [np.arange(3)] * 300_000:
+        writer.add(tokens, 3)
+    splits = Manifest.read(folder).splits | {"train": writer.finish()}
+    writer.publish()
+    dataclasses.replace(Manifest.read(folder), splits=splits).write(folder)
+    started = time.process_time()
+    assert config.load().train_documents == 300_000
+    assert time.process_time() - started < 0.1
