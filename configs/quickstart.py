@@ -11,6 +11,7 @@ sequences of 256 cost 1.6 times as much per token.
 
 from data import PythonDocs
 from mtx.attention import AttentionConfig
+from mtx.checkpoint import Checkpoints
 from mtx.config import BatchConfig, Config
 from mtx.layers import RMSNorm, Rotary, SwiGLU
 from mtx.losses import CrossEntropy
@@ -37,6 +38,7 @@ def get_config() -> Config:
         loss=CrossEntropy(chunk_tokens=512),
         mesh=MeshConfig(data=-1),
         steps=1100,
+        checkpoints=Checkpoints(every_steps=100),
         log_every=100,
         eval_every=550,
     )

@@ -15,7 +15,7 @@ import toys
 
 from mtx.checkpoint import Checkpoints, Manifest, Store, digests, kept, named
 from mtx.checkpoint import manifest as manifests
-from mtx.checkpoint.digest import LANES
+from mtx.checkpoint.digest import LANES, _one_device
 from mtx.errors import CheckpointError, NumericsError, StorageError
 from mtx.optim import AdamW
 
@@ -42,8 +42,11 @@ def digest_by_numpy(x: np.ndarray) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "uint8"])
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (4, 6), (2, 3, 8)])
-def test_digest_is_its_definition(dtype: str, shape: tuple[int, ...]):
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (4, 6), (2, 3, 8), (5, 1, 2, 3)])
+@pytest.mark.parametrize("block", [2**20, 16])
+def test_digest_is_its_definition(dtype: str, shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mtx.checkpoint.digest.BLOCK", block)
+    jax.clear_caches()
     x = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal(shape) * 50).astype(dtype))
     assert digests({"x": jnp.asarray(x)}) == ({"x": digest_by_numpy(np.atleast_1d(x).reshape(x.shape))}, [])
 
@@ -57,6 +60,12 @@ def test_digest_does_not_depend_on_the_mesh(spec: jax.P):
     wanted = digests({"x": jnp.asarray(x)})
     for mesh in (toys.program(toys.GPT, shape).mesh for shape in ((1, 4, 2), (2, 2, 2), (1, 8, 1))):
         assert digests({"x": jax.device_put(x, jax.NamedSharding(mesh, spec))}) == wanted
+
+
+def test_digests_need_no_memory_of_the_arrays_size():
+    x = {"x": jnp.zeros((64, 512, 1024))}
+    compiled = _one_device.lower(x).compile().memory_analysis()
+    assert compiled.temp_size_in_bytes < 0.2 * x["x"].nbytes
 
 
 def test_digest_sees_each_flipped_bit_and_each_swap():

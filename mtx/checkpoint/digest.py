@@ -4,6 +4,7 @@ Each element's bits are mixed with its index, dimension by dimension, and all ar
 Mixing is a bijection of the bits, so that one changed element always changes the sum.
 """
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -15,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 LANES = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))
 """Per lane an odd multiplier of the bits and one of the indices (xxHash's primes, Collet)."""
+BLOCK = 2**20
+"""Elements digested at a time."""
 
 
 def digests(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, str], list[str]]:
@@ -65,21 +68,43 @@ def _index(axes: tuple[str, ...]) -> jax.Array:
 
 
 def _words(x: jax.Array, offsets: tuple[jax.Array | int, ...]) -> jax.Array:
-    finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.ones((), bool)
-    bad = jnp.sum(~finite, dtype=jnp.uint32)
-    bits = _bits(x)
-    offsets = (*offsets, *((0,) * (bits.ndim - x.ndim)))
-    return jnp.stack([*(_lane(bits, offsets, lane) for lane in range(len(LANES))), bad])
+    """Of an array whose index begins at these offsets. In blocks of rows: what is computed is never held whole."""
+    lead, columns = (x.shape[:-1], x.shape[-1]) if x.ndim > 1 else (x.shape, 1)
+    count = math.prod(lead)
+    assert count < 2**32
+    x_RC = x.reshape(count, columns)
+    rows = min(count, max(1, BLOCK // columns))
+
+    def block(i: jax.Array | int, words: jax.Array) -> jax.Array:
+        first = jnp.uint32(i) * np.uint32(rows)
+        start = jnp.minimum(first, np.uint32(count - rows))  # the last block reaches back, and counts those rows once
+        row_R = start + jnp.arange(rows, dtype=jnp.uint32)
+        part_RC = lax.dynamic_slice_in_dim(x_RC, start, rows)
+        index: list[jax.Array] = []
+        for d in range(len(lead)):
+            size, stride = np.uint32(lead[d]), np.uint32(math.prod(lead[d + 1 :]))
+            index.append((row_R // stride % size)[:, None])
+        if x.ndim > 1:
+            index.append(jnp.arange(columns, dtype=jnp.uint32)[None])
+        index = [i + jnp.asarray(offset, jnp.uint32) for i, offset in zip(index, offsets, strict=True)]
+        return words + _block_words(part_RC, index, (row_R >= first)[:, None])
+
+    zero = jnp.zeros(len(LANES) + 1, jnp.uint32)
+    blocks = -(-count // rows)
+    return block(0, zero) if blocks == 1 else lax.fori_loop(0, blocks, block, zero)
 
 
-def _lane(bits: jax.Array, offsets: tuple[jax.Array | int, ...], lane: int) -> jax.Array:
-    by_bits, by_index = (np.uint32(prime) for prime in LANES[lane])
-    place = jnp.full((1,) * bits.ndim, lane + 1, jnp.uint32)
-    for d, size in enumerate(bits.shape):
-        i = jnp.arange(size, dtype=jnp.uint32) + jnp.asarray(offsets[d], jnp.uint32)
-        key = _mix(i * by_index + np.uint32(d * 2 + lane + 1))
-        place = place + key.reshape((1,) * d + (size,) + (1,) * (bits.ndim - d - 1))
-    return jnp.sum(_mix((bits * by_bits) ^ place), dtype=jnp.uint32)
+def _block_words(x_RC: jax.Array, index: list[jax.Array], counted_R1: jax.Array) -> jax.Array:
+    bits_RC = _bits(x_RC)
+    finite = jnp.isfinite(x_RC) if jnp.issubdtype(x_RC.dtype, jnp.inexact) else jnp.ones((), bool)
+    words = []
+    for lane, (by_bits, by_index) in enumerate(LANES):
+        place = jnp.full((1, 1), lane + 1, jnp.uint32)
+        for d, i in enumerate(index):
+            place = place + _mix(i * np.uint32(by_index) + np.uint32(d * 2 + lane + 1))
+        words.append(jnp.where(counted_R1, _mix((bits_RC * np.uint32(by_bits)) ^ place), 0))
+    words.append(jnp.where(counted_R1, (~finite).astype(jnp.uint32), 0))
+    return jnp.stack([jnp.sum(word, dtype=jnp.uint32) for word in words])
 
 
 def _mix(h: jax.Array) -> jax.Array:
@@ -90,9 +115,8 @@ def _mix(h: jax.Array) -> jax.Array:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """The elements' bits as uint32; 64-bit ones get a last dimension of 2."""
+    """The elements' bits as uint32."""
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
-    size = x.dtype.itemsize
-    words = lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size])
-    return words.astype(jnp.uint32)
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    return lax.bitcast_convert_type(x, words).astype(jnp.uint32)

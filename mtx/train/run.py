@@ -73,16 +73,16 @@ def _run(
     first = cluster is None or cluster.process == 0
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        nothing_to_save = functools.partial(_nothing_to_save, workdir)
+        stopping = Stopping(functools.partial(_nothing_to_save, workdir), alone=cluster is None)
         if cluster is None:
-            stopping = enter(Stopping(nothing_to_save))
+            enter(stopping)
         # What needs no device comes first: its mistakes cost nothing, and several processes end one by one.
         talk(first)
         prepare_data(loaded, alone=cluster is None)
         corpus = load_data(config)
         connect(cluster)
         if cluster is not None:
-            stopping = enter(Stopping(nothing_to_save, alone=False))
+            enter(stopping)
         enter(each(config.stop_after_minutes, lambda: stopping.ask("stop_after_minutes")))
         configs.check(config, jax.device_count())
         steps = configs.total_steps(config, lambda: corpus.train_windows(config.batch.sequence_length))

@@ -47,7 +47,7 @@ class Stopping:
 
     def __init__(self, nothing_to_save: Callable[[str], None], alone: bool = True):
         """`nothing_to_save(why)` ends the process when a stop is asked for while the first work is being compiled.
-        `alone`: there is one process; asking JAX would take the devices before they are needed.
+        Unless `alone`, it is entered when JAX has joined the processes.
         """
         self._nothing_to_save = nothing_to_save
         self._changed = threading.Condition()
@@ -58,10 +58,11 @@ class Stopping:
         self._number = 0
         self._closed = False
         self._lost: Exception | None = None
-        self._client = None if alone else _client()
+        self._alone, self._client = alone, None
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> "Stopping":
+        self._client = None if self._alone else _client()
         # The C handler writes the number to this pipe even while the main thread is inside a compiler.
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
