@@ -55,6 +55,10 @@ def test_a_stop_within_an_evaluation_repeats_it(tmp_path: Path, whole: Path):
     runs.stop(child, signal.SIGTERM)
     runs.end(child, 75)
     assert [row["step"] for row in runs.rows(tmp_path)] == [1, 2, 3], "the evaluation did not come to its end"
+    child = runs.begin(tmp_path, "eval_sequences=0", "eval_every=3", "steps=6", "checkpoints.every_steps=0")
+    runs.at_step(tmp_path, child, 4)
+    runs.stop(child, signal.SIGKILL)  # the evaluation is written, and the checkpoint does not know
+    runs.end(child, [-signal.SIGKILL])
     runs.train(tmp_path, "eval_sequences=0", "eval_every=3", "steps=6", "checkpoints.every_steps=0")
     found = runs.rows(tmp_path)
     assert [(row["step"], "val/loss" in row) for row in found] == [

@@ -5,8 +5,9 @@ Mixing is a bijection of the bits, so that one changed element always changes th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,42 +26,37 @@ def digests(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, str], list[str]]
 
     The devices compute; what comes to the host are three words per array.
     """
-    words = jax.device_get(_compute(dict(arrays)))
+    words = jax.device_get({name: _digest(x.sharding)(x) for name, x in arrays.items()})
     found = {name: f"{int(w[0]):08x}{int(w[1]):08x}" for name, w in words.items()}
     return found, [name for name, w in words.items() if w[2]]
 
 
-def _compute(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Name -> uint32 (lane, lane, elements that are not finite)."""
-    sharding = next(iter(arrays.values())).sharding
-    specs = {name: getattr(x.sharding, "spec", P()) for name, x in arrays.items()}
+@lru_cache
+def _digest(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """A function from an array so sharded to uint32 (lane, lane, elements that are not finite).
+
+    Each device digests its part; parts are added over the axes that split the array, and only those. Compiled once
+    per shape: a weight and its moments share it.
+    """
     if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size == 1:
-        return _one_device(arrays)
-    return _on_mesh(sharding.mesh, tuple(specs.items()))(arrays)
+        return jax.jit(lambda x: _words(x, (0,) * x.ndim))
 
+    spec = sharding.spec
 
-@jax.jit
-def _one_device(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _words(x, (0,) * x.ndim) for name, x in arrays.items()}
-
-
-@lru_cache(maxsize=8)
-def _on_mesh(mesh: jax.sharding.Mesh, specs: tuple[tuple[str, P], ...]):
-    """Each device digests its part; parts are added over the axes that split the array, and only those."""
-
-    def one(spec: P, x: jax.Array) -> jax.Array:
-        split = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec]
+    def run(x: jax.Array) -> jax.Array:
+        split = [_axes(part) for part in spec]
         split += [()] * (x.ndim - len(split))
         offsets = tuple(_index(axes) * jnp.uint32(size) for axes, size in zip(split, x.shape, strict=True))
         words = _words(x, offsets)
         axes = tuple(axis for group in split for axis in group)
         return lax.psum(words, axes) if axes else words
 
-    def run(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: one(spec, arrays[name]) for name, spec in specs}
+    mapped = jax.shard_map(run, mesh=sharding.mesh, in_specs=spec, out_specs=P(), check_vma=False)
+    return jax.jit(mapped)
 
-    in_specs = (dict(specs),)
-    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False))
+
+def _axes(part: Any) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def _index(axes: tuple[str, ...]) -> jax.Array:

@@ -59,9 +59,11 @@ class Metrics:
         `config` is what trackers show beside the run. Raises: ConfigError if a tracker is not installed or refuses.
         """
         self.writers: list[Writer] = []
+        self.held: tuple[int, set[str]] = (0, set())
         if folder is None:
             return
         step = resume_step or 0
+        self.held = (step, _names(folder / "metrics.jsonl", step) if step else set())
         before = _last_step(folder / "metrics.jsonl") if step else 0
         if reporting.wandb is not None:
             self.writers.append(WandB(reporting.wandb, folder, step, before, config or {}))
@@ -72,7 +74,12 @@ class Metrics:
             self.writers.insert(1, TensorBoard(folder / "tensorboard", step))
 
     def write(self, step: int, row: Row) -> None:
-        """One row: names to numbers. What is not finite is null in metrics.jsonl and a gap elsewhere."""
+        """One row: names to numbers. What is not finite is null in metrics.jsonl and a gap elsewhere.
+
+        A row of the step that a run resumed from, which was written before it stopped, is not written again.
+        """
+        if step == self.held[0] and set(row) <= self.held[1]:
+            return
         for writer in self.writers:
             writer.write(step, row)
 
@@ -126,6 +133,13 @@ def _rows(path: Path) -> Iterator[tuple[bytes, int]]:
 def _last_step(path: Path) -> int:
     """The last step that is written there."""
     return max((step for _, step in _rows(path) if step < 2**63), default=0) if path.exists() else 0
+
+
+def _names(path: Path, step: int) -> set[str]:
+    """What is written there of a step."""
+    if not path.exists():
+        return set()
+    return {name for line, found in _rows(path) if found == step for name in json.loads(line)}
 
 
 def _keep_until(path: Path, last: int) -> None:

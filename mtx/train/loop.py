@@ -52,6 +52,7 @@ class Loop:
         self.samples = int(self.state.samples)
         self.arriving: tuple[int, int, dict[str, jax.Array]] | None = None
         self.val_loss: float | None = None
+        self.save_after_evaluation = False
         self.microbatches = configs.microbatches(config, dict(program.mesh.shape))
         self.time_T = config.batch.sequence_length
         self.clock = Clock()
@@ -65,7 +66,10 @@ class Loop:
         if not self.evaluated:
             self.evaluate()
         if self.step >= steps:
-            self.console.say(f"step {self.step}/{steps}: this run has come to its end before; nothing is left to do")
+            self.console.say(
+                f"step {self.step}/{steps}: this run has come to its end before; a larger length goes on, --fresh "
+                "starts anew"
+            )
             return self.state
         count, started = np.int32(self.microbatches), time.perf_counter()
         with ThreadPoolExecutor(1, "batch") as ahead:
@@ -138,8 +142,9 @@ class Loop:
             self.arrived()
         if not self.evaluated:
             self.evaluate()
-        if due:
+        if due or self.save_after_evaluation:
             self.save()
+            self.save_after_evaluation = False
 
     def evaluate(self) -> None:
         """Loss on the validation split and a sample of text; a stop that was agreed on meanwhile ends it."""
@@ -152,9 +157,8 @@ class Loop:
                     self.corpus,
                     self.eval_fn,
                     self.state.params,
-                    goes_on=lambda: self.obey() or True,
+                    between=self.obey_evaluating,
                 )
-                assert values is not None
                 self.metrics.write(self.step, {"step": self.step, **values})
                 self.val_loss = values["val/loss"]
                 yardstick = self.corpus.gzip_bits_per_byte
@@ -181,14 +185,21 @@ class Loop:
         self.metrics.text(self.step, "sample", text)
         self.console.say(f"sample:\n{text}")
 
+    def obey_evaluating(self) -> None:
+        """Between batches of an evaluation: a stop breaks it off, a save waits for its end."""
+        while (request := self.stopping.tick()) is not None:
+            if request.stops:
+                self.save_and_stop(request.why)
+            self.save_after_evaluation = self.store.rule is not None
+
     def obey(self) -> None:
         """What the processes agreed on, if they did: save, or save and stop."""
         while (request := self.stopping.tick()) is not None:
             self.arrived()
-            if self.store.rule is not None and self.saved != self.step:
-                self.save()
             if request.stops:
-                self.stop(request.why)
+                self.save_and_stop(request.why)
+            elif self.store.rule is not None and self.saved != self.step:
+                self.save()
 
     def save(self) -> None:
         with self.clock.excluded():
@@ -204,10 +215,12 @@ class Loop:
             self.store.save(self.state, self.step, about, self.val_loss)
         self.saved = self.step
 
-    def stop(self, why: str) -> None:
+    def save_and_stop(self, why: str) -> None:
         at = f"stopped by {why} at step {self.step}/{self.program.steps}"
         if self.saved != self.step:
-            raise StoppedUnsaved(f"{at}; checkpoints=None, so that nothing is saved.")
+            if self.store.rule is None:
+                raise StoppedUnsaved(f"{at}; checkpoints=None, so that nothing is saved.")
+            self.save()
         self.store.close()
         raise Stopped(f"{at}; step {self.saved} is saved, the same command goes on.")
 

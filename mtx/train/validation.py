@@ -22,9 +22,9 @@ def validate(
     params: Params,
     *,
     split: str = "validation",
-    goes_on: Callable[[], bool] = lambda: True,
-) -> dict[str, float] | None:
-    """`val/loss`, `val/perplexity`, `val/bits_per_byte` of a split; None if `goes_on` said no before a batch.
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """`val/loss`, `val/perplexity`, `val/bits_per_byte` of a split; `between` is called before each batch.
 
     Bits per byte divide by the bytes of the text, whatever the tokenizer; of `eval_sequences` sequences, by
     their share of them. Raises: DataError if the data have no such split.
@@ -39,8 +39,7 @@ def validate(
     rows = (config.batch.micro_size or config.batch.global_size // shards) * shards
     total = np.zeros(2, np.float64)
     for start in range(0, count, rows):
-        if not goes_on():
-            return None
+        between()
 
         def load(numbers: np.ndarray, start: int = start) -> dict[str, np.ndarray]:
             number = start + numbers
