@@ -49,6 +49,17 @@ def test_a_signal_while_it_compiles_ends_it_at_once(whole: Path, tmp_path: Path)
     check_same(tmp_path, whole)
 
 
+def test_a_signal_while_a_save_is_under_way(whole: Path, tmp_path: Path):
+    child = runs.begin(tmp_path, "checkpoints.every_steps=1")
+    runs.wait_for(
+        tmp_path, child, lambda: any(tmp_path.glob("checkpoints/4.*")) or (tmp_path / "checkpoints/4").exists()
+    )
+    runs.stop(child, signal.SIGTERM)
+    assert "the same command goes on" in runs.end(child, 75)
+    runs.train(tmp_path)
+    check_same(tmp_path, whole)
+
+
 def test_a_stop_within_an_evaluation_repeats_it(tmp_path: Path, whole: Path):
     child = runs.begin(tmp_path, "eval_sequences=0", "eval_every=3", "steps=6", "checkpoints.every_steps=0")
     runs.at_step(tmp_path, child, 3)  # step 3's row is written, its evaluation of hundreds of batches follows
