@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toys
 
-from mtx.checkpoint import Checkpoints, Manifest, Store, digests, kept, named
+from mtx.checkpoint import Checkpoints, DigestError, Manifest, Store, digests, kept, named
 from mtx.checkpoint import manifest as manifests
 from mtx.checkpoint.digest import LANES, _digest
 from mtx.errors import CheckpointError, NumericsError, StorageError
@@ -89,7 +89,7 @@ def test_one_bad_number_is_found_by_name():
 
 
 def test_what_is_kept():
-    losses = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 2.5, 60: None}
+    losses = {10: 3.0, 15: float("nan"), 20: 1.0, 30: None, 40: 2.0, 50: 2.5, 60: None}
     assert kept(losses, Checkpoints(keep=1, keep_best=0)) == {60}
     assert kept(losses, Checkpoints(keep=2, keep_best=1)) == {60, 50, 20}
     assert kept(losses, Checkpoints(keep=2, keep_best=2)) == {60, 50, 20, 40}
@@ -152,10 +152,12 @@ def test_a_step_that_goes_on_does_not_reach_into_the_save(tmp_path: Path):
 
 def test_nothing_that_is_not_finite_is_saved(tmp_path: Path):
     p, store = adam(), Store(tmp_path, Checkpoints())
-    state = p.init(0)
-    state.params["ends"]["norm"]["gain_D"] = state.params["ends"]["norm"]["gain_D"].at[3].set(jnp.nan)
-    with pytest.raises(NumericsError, match="step 7 is not saved: params/ends/norm/gain_D holds"):
-        store.save(state, 7, {})
+    for part in ("params", "moments/0/nu"):
+        state = p.init(0)
+        tree = state.params if part == "params" else state.moments[0].nu
+        tree["ends"]["norm"]["gain_D"] = tree["ends"]["norm"]["gain_D"].at[3].set(jnp.nan)
+        with pytest.raises(NumericsError, match=f"step 7 is not saved: {part}/ends/norm/gain_D holds"):
+            store.save(state, 7, {})
     store.close()
     assert store.steps() == []
 
@@ -185,6 +187,79 @@ def test_two_saves_that_fail_end_the_run_and_harm_nothing(tmp_path: Path, caplog
     (tmp_path / "full").unlink()
     (tmp_path / "gone").rename(tmp_path / "full")
     assert Store(tmp_path / "full").newest().step == 1
+
+
+def test_a_save_that_failed_is_forgiven_by_one_that_did_not(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    p, store = adam(), Store(tmp_path / "a", Checkpoints())
+    state = p.init(0)
+    for step, fails in enumerate((True, False, True), 1):
+        if fails:
+            shutil.rmtree(tmp_path / "a", ignore_errors=True)
+            (tmp_path / "a").write_text("a file where the folder was")
+        store.save(state, step, {})
+        store.finish()
+        if fails:
+            (tmp_path / "a").unlink()
+    assert caplog.text.count("was not saved") == 2
+    with pytest.raises(StorageError, match="the last checkpoint, of step 3, was not saved"):
+        store.close()
+
+
+def test_old_steps_that_cannot_be_deleted_are_no_failed_save(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    p, store = adam(), Store(tmp_path, Checkpoints(keep=1, keep_best=0))
+    state = p.init(0)
+    store.save(state, 1, {})
+    store.finish()
+    (tmp_path / "1.deleting/in the way").mkdir(parents=True)
+    store.save(state, 2, {})
+    store.close()
+    assert "an old checkpoint could not be deleted" in caplog.text
+    assert Store(tmp_path).newest().step == 2
+    store = Store(tmp_path, Checkpoints(keep=1, keep_best=0))
+    store.save(state, 3, {})
+    store.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "promises"], "the next run sweeps"
+
+
+def test_the_loss_comes_into_the_manifest_later(copy: Path):
+    store = Store(copy, Checkpoints())
+    store.amend(2, {"x": 3}, 1.5)
+    found = Store(copy).newest()
+    assert (found.step, found.manifest.about, found.manifest.val_loss) == (2, {"x": 3}, 1.5)
+
+
+def unseal(folder: Path, **changes) -> None:
+    """As a kill leaves it between Orbax's end and the seal."""
+    manifest = dataclasses.replace(manifests.read(folder), files={}, **changes)
+    manifests.promise(folder.parent, manifest)
+    (folder / "manifest.json").unlink()
+
+
+def test_a_kill_before_the_seal_costs_nothing(copy: Path, two_steps: tuple[Path, dict[str, str]]):
+    unseal(copy / "2")
+    assert dict(Store(copy).newest().skipped) == {2: "manifest.json is missing: it is not sealed"}, (
+        "readers change nothing"
+    )
+    store, p = Store(copy, Checkpoints()), adam()
+    found = store.newest()
+    assert (found.step, found.skipped) == (2, [])
+    assert digests(named(store.restore(found, p.abstract_state())))[0] == two_steps[1]
+    assert not list((copy / "promises").iterdir())
+
+
+def test_what_was_written_is_not_what_was_promised(copy: Path):
+    arrays = dict(manifests.read(copy / "2").arrays)
+    name = "moments/0/mu/layers/mlp/out_FD"
+    unseal(copy / "2", arrays=arrays | {name: dataclasses.replace(arrays[name], digest="0" * 16)})
+    store = Store(copy, Checkpoints())
+    with pytest.raises(DigestError, match=name):
+        store.restore(store.newest(), adam().abstract_state())
+
+
+def test_a_promise_without_a_step_is_nothing(copy: Path):
+    unseal(copy / "2")
+    shutil.rmtree(copy / "2")
+    assert Store(copy, Checkpoints()).newest().step == 1
 
 
 MISFITS = {
@@ -262,6 +337,15 @@ def test_no_single_bit_is_silent(copy: Path):
     assert Store(copy).newest().step == 2
 
 
+def test_no_bit_of_the_manifest_is_silent(copy: Path):
+    path, dice = copy / "2/manifest.json", random.Random(6)
+    raw = path.read_bytes()
+    for at in range(len(raw)):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << dice.randrange(8)]) + raw[at + 1 :])
+        with pytest.raises(ValueError, match=manifests.NAME):
+            manifests.read(copy / "2")
+
+
 def test_folders_that_are_no_checkpoints(copy: Path):
     (copy / "9").mkdir()
     (copy / "tmp").mkdir()
@@ -276,7 +360,7 @@ def test_if_none_verifies_nothing_is_chosen(copy: Path):
     for step in ("1", "2"):
         flip(copy / step / "manifest.json", 4000)
     with pytest.raises(CheckpointError, match=r"none verifies \(step 2: manifest.json is damaged.*step 1: .*--fresh"):
-        Store(copy).newest()
+        Store(copy, Checkpoints()).newest()
     assert Store(copy / "nothing here").newest() is None
 
 
@@ -297,7 +381,7 @@ def test_values_that_changed_under_a_right_hash_are_caught_by_their_digest(copy:
     assert isinstance(manifest, Manifest)
     manifests.write(copy / "2", manifest)
     p = adam()
-    with pytest.raises(ValueError, match=f"{name} has digest"):
+    with pytest.raises(DigestError, match=f"{name} has digest"):
         store.restore(store.newest(), p.abstract_state())
 
 

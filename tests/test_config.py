@@ -886,7 +886,7 @@ def test_a_missing_file_names_the_nearest_one(tmp_path, monkeypatch):
 def test_every_config_file_is_legal_and_a_lab_note(file):
     loaded = configs.load(ROOT / "configs" / file)
     for devices in (1, 8, 64):
-        if file != "quickstart.py" or devices <= loaded.config.batch.global_size:
+        if file not in ("quickstart.py", "own_text.py") or devices <= loaded.config.batch.global_size:
             configs.check(loaded.config, devices)
     assert len((ast.get_docstring(ast.parse(loaded.source)) or "").split()) > 30
 

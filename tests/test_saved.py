@@ -23,7 +23,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nine(whole: Path, tmp_path: Path) -> Path:
     """The same run before its last three steps."""
     shutil.copytree(whole, tmp_path / "nine")
-    shutil.rmtree(tmp_path / "nine/checkpoints/12")
+    for step in (tmp_path / "nine/checkpoints").glob("[0-9]*"):
+        if step.name != "9":
+            shutil.rmtree(step)
     return tmp_path / "nine"
 
 
@@ -138,6 +140,37 @@ def test_another_dtype_is_refused(nine: Path):
     assert "is float32 in the checkpoint, bfloat16 in the model (nothing is cast)" in said
 
 
+def test_changed_text_is_refused_even_if_the_config_is_the_same(tmp_path: Path):
+    text = tmp_path / "text"
+    text.mkdir()
+    words = ["data=TextFiles", f"data.paths={text}", f"data.folder={tmp_path}/shards", "data.split=8,1,1"]
+    workdir = tmp_path / "run"
+
+    def write(animal: str) -> None:
+        for i in range(40):
+            (text / f"{i}.txt").write_text(f"Chapter {i}. " + f"{animal} number {i} went home. " * 40)
+
+    write("Duck")
+    runs.train(workdir, "--devices", "1", *words, "steps=2")
+    write("Goose")
+    said = runs.train(workdir, "--devices", "1", *words, "steps=3", code=65)
+    assert "prepare" in said
+    shutil.rmtree(tmp_path / "shards")
+    said = runs.train(workdir, "--devices", "1", *words, "steps=3", code=64)
+    assert "the data's digest: " in said
+    runs.train(workdir, "--devices", "1", *words, "steps=3", "--accept-changes")
+
+
+def test_another_batch_size_goes_on_where_the_data_stand(tmp_path: Path):
+    words = ["--devices", "1", "steps=None", "tokens=2048", "eval_every=0", "checkpoints.every_steps=0"]
+    runs.train(tmp_path, *words)
+    assert [row["samples"] for row in runs.rows(tmp_path) if "samples" in row] == [8 * i for i in range(1, 9)]
+    words[words.index("tokens=2048")] = "tokens=3072"
+    runs.train(tmp_path, *words, "batch.global_size=16")
+    steps = [(row["step"], row["samples"]) for row in runs.rows(tmp_path) if "samples" in row]
+    assert steps[8:] == [(9, 80), (10, 96)], "1,024 tokens more, 512 a step"
+
+
 # Weights alone
 
 
@@ -153,9 +186,21 @@ def test_init_from_takes_weights_and_nothing_else(whole: Path, tmp_path: Path):
         assert first["train/loss"] < before[0] + 0.5, "the weights were learned"
 
 
+def test_init_from_another_tokenizer_is_refused_unless_said(whole: Path, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("".join(f"Line {i} is about ducks and geese.\n\n" for i in range(3000)))
+    words = ["data=TextFiles", f"data.paths={tmp_path}/a.txt", f"data.folder={tmp_path}/shards", "data.split=8,1,1"]
+    words += ["data.tokenizer=Bpe", "data.tokenizer.vocab_size=257", f"init_from={whole}", "steps=1"]
+    said = runs.train(tmp_path / "run", "--devices", "1", *words, code=64)
+    assert "was trained with another tokenizer" in said
+    runs.train(tmp_path / "run", "--devices", "1", *words, "--accept-changes")
+
+
 def test_init_from_something_else_is_refused(whole: Path, tmp_path: Path):
     said = runs.train(tmp_path / "a", "--devices", "1", f"init_from={tmp_path}", code=66)
     assert "holds no checkpoints" in said
+    said = runs.train(tmp_path / "c", "--devices", "1", f"init_from={tmp_path}/nothing", code=64)
+    assert "is no folder" in said
+    assert not (tmp_path / "c").exists()
     said = runs.train(tmp_path / "b", "--devices", "1", f"init_from={whole}", "model.width=64", code=66)
     assert "params/ends/norm/gain_D has shape [32] in the checkpoint, [64] in the model" in said
 
@@ -171,12 +216,31 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path):
     runs.end(first, 75)
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    said = runs.train(tmp_path / "file/run", "--devices", "1", code=64)
+    assert "file/run cannot be written to" in said
+
+
+def test_a_full_disk_ends_it_with_its_code(nine: Path):
+    (nine / "log.txt").unlink()
+    (nine / "log.txt").symlink_to("/dev/full")
+    assert "the log file is given up" in runs.train(nine, "--devices", "1", "steps=10")
+    (nine / "run").mkdir()
+    (nine / "run/metrics.jsonl").symlink_to("/dev/full")
+    said = runs.train(nine / "run", "--devices", "1", "steps=2", "reporting.tensorboard=false", code=73)
+    assert "the metrics of step 1 cannot be written" in said
+
+
 def test_the_folder_tells_what_ran(whole: Path):
     about = Store(whole / "checkpoints").at(12).manifest.about
     assert about["samples"] == 96
     assert about["tokens"] == 3072
     assert about["config"]["steps"] == 12
     assert about["evaluated"]
+    losses = {row["step"]: row["val/loss"] for row in runs.rows(whole) if "val/loss" in row}
+    assert Store(whole / "checkpoints").at(12).manifest.val_loss == losses[12]
+    assert about["best_val_loss"] == min(losses.values())
     assert len(about["data"]) == 16
     assert len(about["tokenizer"]) == 64
     assert set(about["versions"]) >= {"jax", "flax", "orbax-checkpoint"}

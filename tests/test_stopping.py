@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -120,7 +122,37 @@ def test_too_many_steps_that_are_not_finite_end_it(tmp_path: Path):
     said = runs.train(tmp_path, *words, code=67)
     assert "4 steps were skipped because their gradients were not finite, more than max_skipped_steps=3" in said
     assert any(row.get("skipped") == 4 for row in runs.rows(tmp_path))
-    assert max((int(path.name) for path in (tmp_path / "checkpoints").glob("*")), default=0) <= 6
+    assert max((int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")), default=0) <= 6
+
+
+def test_while_the_data_are_prepared_the_child_goes_too(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("".join(f"Line {i} has number {i * i}.\n\n" for i in range(200_000)))
+    words = ["data=TextFiles", f"data.paths={tmp_path}/a.txt", f"data.folder={tmp_path}/shards"]
+    words += ["data.tokenizer=Bpe", "data.tokenizer.vocab_size=2048", "model.vocab_size=2048", "steps=1"]
+    child = runs.begin(tmp_path / "run", *words)
+    runs.wait_for(tmp_path, child, lambda: (tmp_path / "shards").exists())
+    runs.stop(child, signal.SIGTERM)
+    runs.end(child, 75)
+    runs.train(tmp_path / "run", *words)  # nobody holds the folder
+
+
+SECOND = """
+import os, signal, sys, time
+from mtx.train.stopping import Stopping
+with Stopping(lambda why: None) as s:
+    s.tick()
+    s.begun()
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+    sys.exit(3)
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    child = subprocess.run([sys.executable, "-c", SECOND], cwd=runs.ROOT, capture_output=True, text=True)
+    assert child.returncode == 130, child.stderr
+    assert "a second SIGINT: stopping at once, without saving." in child.stderr
 
 
 # The agreement itself, in one process.

@@ -6,6 +6,6 @@ on the mesh. Only a step whose files agree with it is resumed from. No other mod
 
 from mtx.checkpoint.digest import digests
 from mtx.checkpoint.manifest import Manifest
-from mtx.checkpoint.store import Checkpoints, Found, Store, kept, named
+from mtx.checkpoint.store import Checkpoints, DigestError, Found, Store, kept, named
 
-__all__ = ["Checkpoints", "Found", "Manifest", "Store", "digests", "kept", "named"]
+__all__ = ["Checkpoints", "DigestError", "Found", "Manifest", "Store", "digests", "kept", "named"]

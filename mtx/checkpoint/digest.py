@@ -68,8 +68,10 @@ def _words(x: jax.Array, offsets: tuple[jax.Array | int, ...]) -> jax.Array:
     lead, columns = (x.shape[:-1], x.shape[-1]) if x.ndim > 1 else (x.shape, 1)
     count = math.prod(lead)
     assert count < 2**32
+    if x.size == 0:
+        return jnp.zeros(len(LANES) + 1, jnp.uint32)
     x_RC = x.reshape(count, columns)
-    rows = min(count, max(1, BLOCK // columns))
+    rows = max(1, min(count, BLOCK // max(1, columns)))
 
     def block(i: jax.Array | int, words: jax.Array) -> jax.Array:
         first = jnp.uint32(i) * np.uint32(rows)

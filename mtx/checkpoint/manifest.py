@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
+PROMISES = "promises"
 FORMAT = 1
 THREADS = 8
 """Files hashed at a time: one thread hashes about 1.4 GiB/s where the CPU has SHA instructions."""
@@ -41,31 +42,68 @@ class Manifest:
     """Size and SHA-256 of each file, by its path in the step's folder; `write` finds them."""
 
 
+def promise(checkpoints: Path, manifest: Manifest) -> None:
+    """Before a step is written: what it will be. If a kill comes between Orbax's end and the seal, `keep_promise`
+    seals it at the next start, and the digests of what is restored say whether it is what was promised."""
+    (checkpoints / PROMISES).mkdir(parents=True, exist_ok=True)
+    _write(checkpoints / PROMISES / f"{manifest.step}.json", _sealed(asdict(manifest) | {"format": FORMAT}))
+
+
+def seal(checkpoints: Path, manifest: Manifest) -> None:
+    """After it is written: hash the step's files and write its manifest, last."""
+    write(checkpoints / str(manifest.step), manifest)
+    _sync(checkpoints)
+    (checkpoints / PROMISES / f"{manifest.step}.json").unlink(missing_ok=True)
+
+
+def keep_promise(checkpoints: Path, step: int) -> None:
+    """Seals a step that was written whole and not sealed; does nothing to others."""
+    path = checkpoints / PROMISES / f"{step}.json"
+    if path.is_file() and not (checkpoints / str(step) / NAME).exists() and _files(checkpoints / str(step)):
+        seal(checkpoints, read_file(path))
+
+
+def amend(folder: Path, about: Mapping[str, Any], val_loss: float | None) -> None:
+    """Writes a step's manifest again with another `about` and validation loss; the files stay as they are."""
+    manifest = replace(read(folder), about=about, val_loss=val_loss)
+    _write(folder / NAME, _sealed(asdict(manifest) | {"format": FORMAT}))
+
+
 def write(folder: Path, manifest: Manifest) -> None:
     """Hash the step's files and write its manifest: under another name, synced, then renamed."""
     names = [name for name in _files(folder) if not name.startswith(NAME)]
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = dict(zip(names, pool.map(lambda name: _hash(folder / name, sync=True), names), strict=True))
-    text = _sealed(asdict(manifest) | {"files": hashes, "format": FORMAT})
-    for part in {(folder / name).parent for name in names} | {folder}:
+    for part in {(folder / name).parent for name in names}:
         _sync(part)
-    temporary = folder / f"{NAME}.tmp"
+    _write(folder / NAME, _sealed(asdict(manifest) | {"files": hashes, "format": FORMAT}))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(folder / NAME)
-    _sync(folder)
-    _sync(folder.parent)
+    temporary.replace(path)
+    _sync(path.parent)
 
 
 def read(folder: Path) -> Manifest:
-    """Raises: ValueError that says what is wrong with the manifest."""
+    """A step's manifest. Raises: ValueError that says what is wrong with it."""
     try:
-        raw = (folder / NAME).read_bytes()
+        return read_file(folder / NAME)
     except FileNotFoundError:
-        why = f"{NAME} is missing: the save did not come to its end" if _files(folder) else "the folder is empty"
+        why = f"{NAME} is missing: it is not sealed" if _files(folder) else "the folder is empty"
         raise ValueError(why) from None
+
+
+def read_file(path: Path) -> Manifest:
+    """Raises: FileNotFoundError; ValueError that says what is wrong with the manifest."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise ValueError(f"{NAME} cannot be read: {error}") from error
     try:

@@ -1,6 +1,7 @@
 """The checkpoints of a run folder: saving while training goes on, finding the newest that verifies, keeping a few."""
 
 import logging
+import math
 import re
 import shutil
 import threading
@@ -22,6 +23,9 @@ from mtx.errors import CheckpointError, NumericsError, Problem, StorageError
 log = logging.getLogger("mtx")
 
 WEIGHTS = "params"
+DELETING = ".deleting"
+SEAL_MS = 4 * 3600 * 1000
+"""How long processes wait for the first to hash a checkpoint; if it dies, JAX's heartbeat ends them much earlier."""
 TIMEOUT_S = 300
 """A save in which another process does not finish within this has failed."""
 
@@ -54,7 +58,7 @@ class Checkpoints:
 def kept(steps: Mapping[int, float | None], rule: Checkpoints) -> set[int]:
     """Which of some verified steps (step -> validation loss, None where there is none) to keep."""
     newest = sorted(steps)[-rule.keep :]
-    known = sorted((loss, step) for step, loss in steps.items() if loss is not None)
+    known = sorted((loss, step) for step, loss in steps.items() if loss is not None and math.isfinite(loss))
     best = [step for _, step in known[: rule.keep_best]]
     milestones = [step for step in steps if rule.keep_every_steps and step % rule.keep_every_steps == 0]
     return {*newest, *best, *milestones}
@@ -64,6 +68,10 @@ def named(state: Any) -> dict[str, jax.Array]:
     """The arrays of a state by name: `params/layers/mlp/in_DF`, `moments/0/mu/...`, `step`."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+class DigestError(ValueError):
+    """What was restored is not what was saved, though the files are."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +95,24 @@ class Store:
 
     def __init__(self, folder: Path, rule: Checkpoints | None = None):
         self.folder, self.rule = folder.absolute(), rule
-        self.first = jax.process_index() == 0
-        self.blocked_s = 0.0
-        """Seconds that the last `save` kept its caller."""
+        self._agreements = 0
         self._finishing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._failures = 0
         self._in_flight: int | None = None
         self._started = 0.0
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """However a run ends, what is being written is written: Python's own end would cut it off."""
+        if self._finishing is not None:
+            self._finishing.join()
+
+    @property
+    def first(self) -> bool:
+        return jax.process_index() == 0
 
     # Saving.
 
@@ -115,44 +133,70 @@ class Store:
         manifest = Manifest(step=step, arrays=described, about=about, val_loss=val_loss)
         self._in_flight, self._started = step, started
         try:
+            if self.first:
+                manifests.promise(self.folder, manifest)
             self._manager.save(step, args=self._items(self._args.StandardSave, arrays))
         except Exception as error:
             self._failure = error
         self._finishing = threading.Thread(target=self._finish, args=(manifest,), name="checkpoint")
         self._finishing.start()
-        self.blocked_s = time.perf_counter() - started
 
     def _finish(self, manifest: Manifest) -> None:
         """In the background: wait for Orbax on every process, then seal the step and delete old ones."""
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-            if self._failure is None and self.first:
-                manifests.write(self.folder / str(manifest.step), manifest)
-                seconds = time.perf_counter() - self._started
-                log.info("step %d: checkpoint saved and sealed in %.1f s", manifest.step, seconds)
-                self._delete_old()
+            if self._failure is not None or not self.first:
+                return
+            manifests.seal(self.folder, manifest)
+            seconds = time.perf_counter() - self._started
+            log.info("step %d: checkpoint saved and sealed in %.1f s", manifest.step, seconds)
         except BaseException as error:
             self._failure = self._failure or error
+            return
+        try:
+            self._delete_old()
+        except OSError as error:
+            log.warning("an old checkpoint could not be deleted: %s", error)
 
     def finish(self) -> None:
-        """Wait for the save in flight. Raises: StorageError if it and the one before it failed."""
+        """Wait for the save in flight, on every process. Raises: StorageError if it and the one before it failed."""
         if self._finishing is None:
             return
         self._finishing.join()
         self._finishing = None
         failure, self._failure = self._failure, None
-        self._failures = self._failures + 1 if failure else 0
-        if failure is not None:
-            what = f"the checkpoint of step {self._in_flight} was not saved: {' '.join(str(failure).split())}"
+        said = self._everybody(" ".join(str(failure or "").split())[:400] or ("it failed" if failure else ""))
+        self._failures = self._failures + 1 if said else 0
+        if said:
             self._drop_manager()
+            what = f"the checkpoint of step {self._in_flight} was not saved: {said}"
             if self._failures > 1:
-                raise StorageError(f"{what[:500]}; nor was the one before it. Make room, or set workdir.")
-            log.warning("%s; training goes on, the next save tries again.", what[:500])
+                raise StorageError(f"{what}; nor was the one before it. Make room, or set workdir.")
+            log.warning("%s", what)
 
-    @property
-    def saving(self) -> bool:
-        return self._finishing is not None and self._finishing.is_alive()
+    def _everybody(self, failure: str) -> str:
+        """What failed on any process, on every process; empty if nothing did.
+
+        Through JAX's key-value store and not the devices: process 0 may hash for long, while the others wait here.
+        """
+        if jax.process_count() == 1:
+            return failure
+        from jax._src import distributed
+
+        client = distributed.global_state.client
+        assert client is not None
+        self._agreements += 1
+        prefix = f"mtx/saved/{self._agreements}"
+        client.key_value_set(f"{prefix}/{jax.process_index()}", failure or "ok")
+        said = [client.blocking_key_value_get(f"{prefix}/{p}", SEAL_MS) for p in range(jax.process_count())]
+        return "; ".join(text for text in dict.fromkeys(said) if text != "ok")
+
+    def amend(self, step: int, about: Mapping[str, Any], val_loss: float | None) -> None:
+        """Adds to the manifest of a step what became known after its save, such as the validation loss."""
+        self.finish()
+        if self.first and not self._failures:
+            manifests.amend(self.folder / str(step), about, val_loss)
 
     def close(self) -> None:
         """Wait for the save in flight. Raises: StorageError if the last save failed."""
@@ -169,9 +213,9 @@ class Store:
             except ValueError:
                 continue  # what is damaged is evidence, not ours to delete
         for step in set(steps) - kept(steps, self.rule):
-            # The manifest goes first: what is half deleted is no checkpoint.
-            (self.folder / str(step) / manifests.NAME).unlink()
-            shutil.rmtree(self.folder / str(step))
+            doomed = self.folder / f"{step}{DELETING}"
+            (self.folder / str(step)).rename(doomed)  # what is half deleted has no step's name
+            shutil.rmtree(doomed)
 
     # Finding and restoring.
 
@@ -192,6 +236,8 @@ class Store:
         if self.first:
             for step in steps:
                 try:
+                    if self.rule is not None:
+                        manifests.keep_promise(self.folder, step)
                     found = manifests.verify(self.folder / str(step))
                     break
                 except ValueError as error:
@@ -202,8 +248,11 @@ class Store:
         if chosen == -1:
             said = "; ".join(f"step {step}: {reason}" for step, reason in why)
             raise CheckpointError(
-                f"{self.folder} holds checkpoints, and none verifies ({said or 'see process 0'}). Put a good copy "
-                "back, or train anew with --fresh, which moves them to earlier/ and deletes nothing."
+                f"{self.folder} holds checkpoints, and none verifies ({said or 'see process 0'}). Put a good copy back"
+                + (
+                    ", or train anew with --fresh, which moves them to earlier/ and deletes nothing."
+                    * (self.rule is not None)
+                )
             )
         found = found or manifests.read(self.folder / str(chosen))
         return Found(found, why)
@@ -222,8 +271,8 @@ class Store:
         """The state, with the target's structure and shardings, whatever mesh it was saved on.
 
         `target` is a tree of ShapeDtypeStructs with shardings: the whole state, or `{"params": ...}` alone.
-        Raises: CheckpointError if a leaf is missing, unknown, of another shape or dtype, naming each; ValueError
-        if what was read has another digest than what was saved.
+        Raises: CheckpointError if a leaf is missing, unknown, of another shape or dtype, naming each; DigestError
+        if what was read has another digest than what was saved, on every process alike.
         """
         wanted = named(target)
         whole = any(not name.startswith(f"{WEIGHTS}/") for name in wanted)
@@ -232,7 +281,7 @@ class Store:
         arrays = {name: leaf for group in read.values() for name, leaf in _flat(group).items()}
         got, _ = digests(arrays)
         if wrong := [name for name in wanted if got[name] != found.manifest.arrays[name].digest]:
-            raise ValueError(f"{wrong[0]} has digest {got[wrong[0]]}, not {found.manifest.arrays[wrong[0]].digest}")
+            raise DigestError(f"{wrong[0]} has digest {got[wrong[0]]}, not {found.manifest.arrays[wrong[0]].digest}")
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
 
     def _refuse_misfits(self, manifest: Manifest, wanted: Mapping[str, Any], whole: bool) -> None:
@@ -272,6 +321,9 @@ class Store:
         import orbax.checkpoint as ocp
 
         writes = self.rule is not None
+        if writes and self.first:
+            for doomed in self.folder.glob(f"*{DELETING}"):
+                shutil.rmtree(doomed)
         options = ocp.CheckpointManagerOptions(
             create=writes,
             cleanup_tmp_directories=writes,

@@ -124,7 +124,7 @@ class Config:
                     field,
                     (
                         "is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
-                        "Mount the bucket (gcsfuse, mountpoint-s3) and name the mounted folder"
+                        "Mount the bucket with something that can rename (such as gcsfuse) and name the mounted folder"
                     ),
                 )
 
@@ -132,15 +132,21 @@ class Config:
 LENGTHS = ("steps", "tokens", "epochs")
 
 
-def total_steps(config: Config, samples_per_epoch: Callable[[], int]) -> int:
-    """Optimizer steps of a checked config; `samples_per_epoch` is asked only for a length in epochs."""
+def total_steps(
+    config: Config, samples_per_epoch: Callable[[], int], done_steps: int = 0, done_samples: int = 0
+) -> int:
+    """Optimizer steps of a checked config, of which some are done, maybe with another batch size.
+
+    `samples_per_epoch` is asked only for a length in epochs.
+    """
     if config.steps is not None:
         return config.steps
-    size = config.batch.global_size
     if config.tokens is not None:
-        return -(-config.tokens // (size * config.batch.sequence_length))
-    assert config.epochs is not None, "check() comes first"
-    return math.ceil(Fraction(str(config.epochs)) * samples_per_epoch() / size)  # in floats 1.1 * 800 > 880
+        samples = Fraction(config.tokens, config.batch.sequence_length)
+    else:
+        assert config.epochs is not None, "check() comes first"
+        samples = Fraction(str(config.epochs)) * samples_per_epoch()  # in floats 1.1 * 800 > 880
+    return done_steps + math.ceil(max(samples - done_samples, 0) / config.batch.global_size)
 
 
 def microbatches(config: Config, mesh_sizes: Mapping[str, int]) -> int:

@@ -43,7 +43,8 @@ def write_run_folder(loaded: Loaded, workdir: Path, argv: list[str]) -> None:
         "run.json": json.dumps(run, indent=2) + "\n",
     }
     for name, content in files.items():
-        (workdir / name).write_text(content, encoding="utf-8")
+        (workdir / f"{name}.tmp").write_text(content, encoding="utf-8")
+        (workdir / f"{name}.tmp").replace(workdir / name)  # a kill leaves the old one or the new one
     uncommitted = workdir / "uncommitted.diff"
     if diff:
         uncommitted.write_bytes(diff)

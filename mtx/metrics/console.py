@@ -128,13 +128,20 @@ class Console:
         text = _CONTROL.sub("", text)
         with self.lock:
             if self.file is not None:
-                print(text, file=self.file, flush=True)
+                self._print_to_file(text)
             if self.bar is not None:
                 from rich.text import Text
 
                 self.bar.console.print(Text(text), soft_wrap=True)
             elif self.stream is not None:
                 self._print(self.stream, text)
+
+    def _print_to_file(self, text: str) -> None:
+        try:
+            print(text, file=self.file, flush=True)
+        except OSError as error:  # a full disk, say: the run goes on, and says so once
+            self.file = None
+            self._write(f"the log file is given up: {error}")
 
     def _print(self, stream: TextIO, text: str) -> None:
         encoding = getattr(stream, "encoding", None) or "utf-8"

@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl always, TensorBoard unless switched off, Weights & Biases and Trackio if asked."""
 
+import contextlib
 import importlib
 import json
 import logging
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mtx.errors import Problem
+from mtx.errors import Problem, StorageError
 from mtx.metrics.trackers import Trackio, WandB, finite
 
 log = logging.getLogger("mtx")
@@ -80,8 +81,11 @@ class Metrics:
         """
         if step == self.held[0] and set(row) <= self.held[1]:
             return
-        for writer in self.writers:
-            writer.write(step, row)
+        try:
+            for writer in self.writers:
+                writer.write(step, row)
+        except OSError as error:
+            raise StorageError(f"the metrics of step {step} cannot be written: {error}.") from error
 
     def text(self, step: int, name: str, text: str) -> None:
         """A sample, say, for TensorBoard and the trackers; metrics.jsonl holds numbers alone."""
@@ -91,7 +95,8 @@ class Metrics:
     def close(self) -> None:
         """Ends every writer. A second time does nothing."""
         while self.writers:
-            self.writers.pop().close()
+            with contextlib.suppress(OSError):  # what cannot be flushed was said when it was written
+                self.writers.pop().close()
 
     def __enter__(self) -> "Metrics":
         return self

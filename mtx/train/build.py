@@ -58,8 +58,8 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
     )
 
 
-def prepare_data(loaded: Loaded, *, alone: bool) -> None:
-    """Shards that are missing are made by the verb `prepare`, in a process of its own.
+def prepare_data(loaded: Loaded, children: list[subprocess.Popen], *, alone: bool) -> None:
+    """Shards that are missing are made by the verb `prepare`, in a process of its own, which joins the children.
 
     Raises: DataError if they cannot be made, or several processes would have to.
     """
@@ -73,8 +73,8 @@ def prepare_data(loaded: Loaded, *, alone: bool) -> None:
             f"`python main.py prepare {' '.join(command[3:])}` once, on a file system that all of them see."
         )
     log.info("data: preparing (once; `python main.py prepare` does it beforehand)")
-    code = subprocess.run(command).returncode
-    if code:
+    children.append(child := subprocess.Popen(command))
+    if code := child.wait():
         raise DataError(f"the data could not be prepared: `prepare` ended with exit code {code}, see above.")
 
 

@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,7 @@ class Loop:
         """The step of the newest checkpoint."""
         self.samples = int(self.state.samples)
         self.arriving: tuple[int, int, dict[str, jax.Array]] | None = None
-        self.val_loss: float | None = None
+        self.best_val_loss = start.best_val_loss
         self.save_after_evaluation = False
         self.microbatches = configs.microbatches(config, dict(program.mesh.shape))
         self.time_T = config.batch.sequence_length
@@ -133,22 +135,23 @@ class Loop:
             )
 
     def now_and_then(self, last: bool) -> None:
-        """Evaluation and saving, where they are due after this step."""
+        """Saving and evaluation, where they are due after this step: in this order, so that nothing that happens in
+        an evaluation costs what was trained; its loss is added to the checkpoint then."""
         config, rule = self.config, self.store.rule
-        self.val_loss = None
         self.evaluated = not (last or (config.eval_every and self.step % config.eval_every == 0))
-        due = rule is not None and (last or (rule.every_steps and self.step % rule.every_steps == 0))
-        if not self.evaluated or due:
+        intervals = (rule.every_steps, rule.keep_every_steps) if rule else ()
+        due = rule is not None and (last or any(every and self.step % every == 0 for every in intervals))
+        if due or not self.evaluated:
             self.arrived()
+        if due:
+            self.save()
         if not self.evaluated:
             self.evaluate()
-        if due or self.save_after_evaluation:
-            self.save()
-            self.save_after_evaluation = False
 
     def evaluate(self) -> None:
         """Loss on the validation split and a sample of text; a stop that was agreed on meanwhile ends it."""
         config, steps = self.config, self.program.steps
+        val_loss = None
         with self.clock.excluded(), jax.set_mesh(self.program.mesh):
             if "validation" in self.corpus.splits:
                 values = validate(
@@ -160,7 +163,7 @@ class Loop:
                     between=self.obey_evaluating,
                 )
                 self.metrics.write(self.step, {"step": self.step, **values})
-                self.val_loss = values["val/loss"]
+                val_loss = values["val/loss"]
                 yardstick = self.corpus.gzip_bits_per_byte
                 self.console.say(
                     f"step {self.step}/{steps}  val loss {values['val/loss']:.4f}  perplexity "
@@ -169,19 +172,39 @@ class Loop:
                 )
             if config.sample_tokens and config.model.causal:
                 self.sample()
-        self.evaluated = True
+            self.evaluated = True
+            self.record(val_loss)
+
+    def record(self, val_loss: float | None) -> None:
+        """What an evaluation found, in this step's checkpoint: made now if it is the best so far, or was asked for."""
+        best = self.best_val_loss
+        improved = val_loss is not None and (best is None or val_loss < best)
+        if improved:
+            self.best_val_loss = val_loss
+        if (rule := self.store.rule) is None:
+            return
+        if self.saved == self.step and self.step > 0:
+            self.store.amend(self.step, self.about(), val_loss)
+        elif self.save_after_evaluation or (improved and rule.keep_best):
+            self.save(val_loss)
+        self.save_after_evaluation = False
 
     def sample(self) -> None:
-        prompt = self.corpus.encode("\n")
-        (tokens,) = decode.generate(
-            self.program,
-            self.state.params,
-            [prompt],
-            tokens=min(self.config.sample_tokens, self.time_T - len(prompt)),
-            seed=self.config.seed,
-            vocab_size=self.corpus.vocab_size,
-        )
-        text = self.corpus.decode(tokens)
+        """Text of the model, for people: what goes wrong with it is said and costs nothing."""
+        prompt = self.corpus.encode("\n") or [self.corpus.tokenizer.end_of_document]
+        try:
+            (tokens,) = decode.generate(
+                self.program,
+                self.state.params,
+                [prompt],
+                tokens=max(1, min(self.config.sample_tokens, self.time_T - len(prompt))),
+                seed=self.config.seed,
+                vocab_size=self.corpus.vocab_size,
+            )
+            text = self.corpus.decode(tokens)
+        except Exception as error:
+            log.warning("no sample: %s", " ".join(str(error).split())[:300])
+            return
         self.metrics.text(self.step, "sample", text)
         self.console.say(f"sample:\n{text}")
 
@@ -201,19 +224,21 @@ class Loop:
             elif self.store.rule is not None and self.saved != self.step:
                 self.save()
 
-    def save(self) -> None:
+    def save(self, val_loss: float | None = None) -> None:
         with self.clock.excluded():
-            tokens = self.samples * self.time_T
-            about = saved.about(
-                self.config,
-                self.program,
-                self.corpus,
-                samples=self.samples,
-                tokens=tokens,
-                evaluated=self.evaluated,
-            )
-            self.store.save(self.state, self.step, about, self.val_loss)
+            self.store.save(self.state, self.step, self.about(), val_loss)
         self.saved = self.step
+
+    def about(self) -> Mapping[str, Any]:
+        return saved.about(
+            self.config,
+            self.program,
+            self.corpus,
+            samples=self.samples,
+            tokens=self.samples * self.time_T,
+            evaluated=self.evaluated,
+            best_val_loss=self.best_val_loss,
+        )
 
     def save_and_stop(self, why: str) -> None:
         at = f"stopped by {why} at step {self.step}/{self.program.steps}"

@@ -1,10 +1,12 @@
 """The verb `train`: everything in its order, from the config to the last step."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
 import stat
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -14,7 +16,7 @@ import jax
 from mtx import config as configs
 from mtx.checkpoint import Store
 from mtx.config import Cluster, Loaded
-from mtx.errors import NumericsError, Stopped, UserError
+from mtx.errors import ConfigError, NumericsError, Stopped, UserError
 from mtx.metrics import Console, Metrics
 from mtx.step import TrainState
 from mtx.train import saved
@@ -70,31 +72,37 @@ def _run(
 ) -> TrainState:
     config, workdir = loaded.config, configs.workdir(loaded)
     configs.check(config, devices)
+    if config.init_from is not None and not Path(config.init_from).is_dir():
+        raise ConfigError(f"init_from={config.init_from} is no folder; name a run folder such as runs/quickstart.")
     first = cluster is None or cluster.process == 0
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        stopping = Stopping(functools.partial(_nothing_to_save, workdir), alone=cluster is None)
+        children: list[subprocess.Popen] = []
+        stopping = Stopping(functools.partial(_nothing_to_save, workdir, children), alone=cluster is None)
         if cluster is None:
             enter(stopping)
         # What needs no device comes first: its mistakes cost nothing, and several processes end one by one.
         talk(first)
-        prepare_data(loaded, alone=cluster is None)
+        prepare_data(loaded, children, alone=cluster is None)
         corpus = load_data(config)
         connect(cluster)
         if cluster is not None:
             enter(stopping)
         enter(each(config.stop_after_minutes, lambda: stopping.ask("stop_after_minutes")))
         configs.check(config, jax.device_count())
-        steps = configs.total_steps(config, lambda: corpus.train_windows(config.batch.sequence_length))
-        program = build(config, jax.devices(), steps)
+        windows = corpus.train_windows(config.batch.sequence_length)
+        program = build(config, jax.devices(), configs.total_steps(config, lambda: windows))
 
         enter(saved.claimed(workdir, first))
-        store = Store(workdir / saved.FOLDER, config.checkpoints)
+        store = enter(Store(workdir / saved.FOLDER, config.checkpoints))
         resumes = bool(store.steps()) and not fresh
         if not resumes:
             saved.set_aside(workdir, first)
-        console = enter(Console(workdir / "log.txt", total_steps=steps, append=resumes, first=first))
+        console = enter(Console(workdir / "log.txt", total_steps=program.steps, append=resumes, first=first))
         begin = saved.start(loaded, program, corpus, store, accept_changes)
+        # Another batch size than before needs another number of steps for the rest.
+        steps = configs.total_steps(config, lambda: windows, begin.step, int(begin.state.samples))
+        program = dataclasses.replace(program, steps=steps)
         if first:
             configs.write_run_folder(loaded, workdir, argv)
         console.say(banner(config, program, corpus, workdir, steps, verbose))
@@ -148,8 +156,11 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _nothing_to_save(workdir: Path, why: str) -> None:
-    """Ends the process at once: no step was made since the last checkpoint."""
+def _nothing_to_save(workdir: Path, children: list[subprocess.Popen], why: str) -> None:
+    """Ends the process at once: no step was made since the last checkpoint. Asks no device."""
+    for child in children:
+        child.terminate()
+        child.wait()
     steps = Store(workdir / saved.FOLDER).steps()
     newest = f"the newest checkpoint is that of step {steps[0]}" if steps else "there is no checkpoint"
     log.warning("stopped by %s before the first step: nothing is new, %s; the same command goes on.", why, newest)

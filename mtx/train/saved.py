@@ -15,7 +15,7 @@ import jax
 
 from data import Corpus
 from mtx import config as configs
-from mtx.checkpoint import Found, Store
+from mtx.checkpoint import DigestError, Found, Store
 from mtx.config import Config, Loaded
 from mtx.errors import CheckpointError, ConfigError, DeviceError
 from mtx.mesh import MeshConfig
@@ -40,6 +40,8 @@ class Start:
     step: int = 0
     evaluated: bool = True
     """Whether the evaluation that is due at this step was done before the run stopped."""
+    best_val_loss: float | None = None
+    """The lowest so far."""
 
 
 @contextlib.contextmanager
@@ -48,8 +50,12 @@ def claimed(workdir: Path, first: bool) -> Iterator[None]:
     if not first:
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("a") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / "lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"workdir={workdir} cannot be written to: {error.strerror}.") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,10 +77,8 @@ def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept
         refuse_changes(found, config, corpus, accept_changes)
         try:
             state = store.restore(found, program.abstract_state())
-        except CheckpointError:
-            raise
-        except Exception as error:  # whatever Orbax says of what it cannot read: the files are as they were written
-            below, skipped = found.step, [*found.skipped, (found.step, " ".join(str(error).split())[:300])]
+        except DigestError as error:  # on every process alike; anything else is no damage, and ends this process
+            below, skipped = found.step, [*found.skipped, (found.step, str(error))]
             continue
         for step, why in found.skipped:
             log.warning("step %d is skipped: %s (kept in %s/damaged)", step, why, store.folder)
@@ -83,7 +87,7 @@ def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept
         about = found.manifest.about
         saved_on = about["mesh"] if about["mesh"] != _mesh(program) else "the same mesh"
         log.info("resumed     step %d, %s tokens (saved on %s)", found.step, f"{about['tokens']:,}", saved_on)
-        return Start(state, found.step, about["evaluated"])
+        return Start(state, found.step, about["evaluated"], about["best_val_loss"])
     state = program.init(config.seed)
     if config.init_from is not None:
         params, found = warm_start(Path(config.init_from), program, corpus, accept_changes)
@@ -94,7 +98,9 @@ def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept
 
 def set_aside(workdir: Path, first: bool) -> None:
     """Moves what an earlier run left in the folder to earlier/1, earlier/2 ...; deletes nothing."""
-    left = [path for path in workdir.iterdir() if path.name not in ("lock", EARLIER)] if first else []
+    if not first:
+        return
+    left = [path for path in workdir.iterdir() if path.name not in ("lock", EARLIER)]
     metrics = workdir / "metrics.jsonl"
     if not (workdir / FOLDER).is_dir() and not (metrics.is_file() and metrics.stat().st_size):
         return
@@ -158,14 +164,19 @@ def weights(path: Path, program: Program, step: int | None = None) -> tuple[Foun
         log.warning("step %d is skipped: %s", skipped, why)
     try:
         return found, store.restore(found, {"params": program.abstract_state().params})["params"]
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"step {found.step} of {path} cannot be read: {error}") from error
+    except DigestError as error:
+        raise CheckpointError(f"step {found.step} of {path} cannot be used: {error}.") from error
 
 
 def about(
-    config: Config, program: Program, corpus: Corpus, *, samples: int, tokens: int, evaluated: bool
+    config: Config,
+    program: Program,
+    corpus: Corpus,
+    *,
+    samples: int,
+    tokens: int,
+    evaluated: bool,
+    best_val_loss: float | None,
 ) -> Mapping[str, Any]:
     """What a checkpoint says about itself besides its arrays."""
     return {
@@ -179,6 +190,7 @@ def about(
         "processes": jax.process_count(),
         "versions": configs.versions(),
         "evaluated": evaluated,
+        "best_val_loss": best_val_loss,
     }
 
 

@@ -24,6 +24,9 @@ SAVE = "save"
 OVER = "over"
 """What a process that leaves the loop says to the threads that wait for a meeting: they end, before Python does."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN_S = {signal.SIGINT: 0.3, signal.SIGTERM: 10.0}
+"""A second signal this long after the first ends the process at once: whoever sends it does not want to wait. Launchers
+may send SIGTERM twice in a row."""
 POLL_MS = 10_000
 """A process asks again after this long whether there is a meeting; it is told at once when there is."""
 MEETING_MS = 600_000
@@ -145,13 +148,13 @@ class Stopping:
                 if number not in SIGNALS:
                     continue
                 name = signal.Signals(number).name
-                if seen is not None and number == signal.SIGINT and time.monotonic() - seen > 0.3:
-                    log.warning("a second %s: stopping at once, without saving.", name)
-                    os._exit(128 + number)
                 if seen is None:
                     log.warning("%s: stopping as soon as this step is saved (a second Ctrl-C: at once).", name)
                     seen = time.monotonic()
                     self.ask(name)
+                elif time.monotonic() - seen > AGAIN_S[number]:
+                    log.warning("a second %s: stopping at once, without saving.", name)
+                    os._exit(128 + number)
 
     def _attend_meetings(self) -> None:
         try:
