@@ -110,7 +110,9 @@ class Corpus:
             )
             for name, parts in texts.items()
         }
-        contents = {name: hashlib.sha256(split.tokens_N.astype("<u2")).hexdigest() for name, split in splits.items()}
+        contents = {
+            name: hashlib.sha256(split.tokens_N.astype("<u2").tobytes()).hexdigest() for name, split in splits.items()
+        }
         held_out = b"".join(texts["validation"])
         return cls(
             source=source,

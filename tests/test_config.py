@@ -427,10 +427,7 @@ MISTAKES = {
         ("checkpoints.every_minutes=-1", "checkpoints.every_minutes=-1.0 must be at least 0."),
         ("checkpoints.keep=0", "checkpoints.keep=0 must be at least 1."),
         ("checkpoints.keep_best=-1", "checkpoints.keep_best=-1 must be at least 0."),
-        (
-            "checkpoints.every_steps=20 checkpoints.keep_every_steps=50",
-            "checkpoints.keep_every_steps=50 must be a multiple of every_steps=20, or no step is both.",
-        ),
+        ("checkpoints.keep_every_steps=-1", "checkpoints.keep_every_steps=-1 must be at least 0."),
     ],
     "Reporting": [
         ("reporting=wandb", "reporting=wandb must be a Reporting; set its fields: reporting.tensorboard, reporting.w"),

@@ -41,9 +41,9 @@ class Checkpoints:
     keep: int = 2
     """Newest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints with the lowest validation loss to keep."""
+    """Checkpoints with the lowest validation loss to keep; an evaluation that finds a new lowest saves."""
     keep_every_steps: int = 0
-    """Milestones: checkpoints of steps that this divides are kept for good; 0: none."""
+    """Milestones: steps that this divides are saved and kept for good; 0: none."""
 
     def check(self) -> Iterator[Problem]:
         for field in ("every_steps", "every_minutes", "keep_best", "keep_every_steps"):
@@ -51,8 +51,6 @@ class Checkpoints:
                 yield field, "must be at least 0"
         if self.keep < 1:
             yield "keep", "must be at least 1"
-        if self.keep_every_steps and self.every_steps and self.keep_every_steps % self.every_steps:
-            yield "keep_every_steps", f"must be a multiple of every_steps={self.every_steps}, or no step is both"
 
 
 def kept(steps: Mapping[int, float | None], rule: Checkpoints) -> set[int]:

@@ -141,7 +141,7 @@ def keep_compiled() -> None:
 
     Whoever can write to it can run code as its user: it is used only if nobody else can.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtx" / "compile"
     try:
