@@ -28,6 +28,9 @@ def main(argv: list[str]) -> int:
     except Stopped as end:
         print(end, file=sys.stderr)
         return end.exit_code
+    except KeyboardInterrupt:  # train has its own way to stop
+        print("stopped.", file=sys.stderr)
+        return 130
     except (UserError, argparse.ArgumentError) as error:
         said = str(error).replace("ignored explicit argument", "takes no value, got")  # argparse, of --fresh=true
         print(*(f"error: {line}" for line in said.splitlines()), sep="\n", file=sys.stderr)

@@ -14,6 +14,7 @@ Modules may import only those before them: errors, command, mesh, layout, spmd, 
 losses, optim, step, decode, checkpoint, metrics, config, train, then the verbs. That is also the reading order.
 """
 
+import sys
 from importlib import metadata
 
 DIMENSIONS = {
@@ -39,7 +40,13 @@ FLAX_MINIMUM = (0, 12, 8)
 
 
 def _refuse_old_flax() -> None:
-    found = metadata.version("flax")
+    try:
+        found = metadata.version("flax")
+    except metadata.PackageNotFoundError:
+        raise SystemExit(
+            f"error: flax is not installed in {sys.executable}; activate the environment (. .venv/bin/activate) "
+            "or make one (make install)."
+        ) from None
     numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
     if numbers < FLAX_MINIMUM:
         raise ImportError(

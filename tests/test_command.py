@@ -84,8 +84,8 @@ REFUSED = [
         "C optimizer=lion --mesh.modle 2",
         ["error: 2 problems in the configuration:", "error: optimizer=lion must be", "error: mesh.modle: MeshConfig"],
     ),
-    ("C workdir=gs://b/x", [f"error: workdir=gs://b/x {NO_FILE_SYSTEM} the bucket (gcsfuse, "]),
-    ("C workdir=s3://b/x", [f"error: workdir=s3://b/x {NO_FILE_SYSTEM} the bucket (gcsfuse, mountpoint-s3) and name"]),
+    ("C workdir=gs://b/x", [f"error: workdir=gs://b/x {NO_FILE_SYSTEM} the bucket with"]),
+    ("C workdir=s3://b/x", [f"error: workdir=s3://b/x {NO_FILE_SYSTEM} the bucket with"]),
     ("C data=TextFiles", ["error: data=TextFiles needs data.paths=... too."]),
     ("C data=TextFiles data.paths=x data.split=a,b", ["error: data.split=a,b must be two or three numbers, the first"]),
     (

@@ -81,7 +81,7 @@ def load(tmp_path):
 TEXT = "data=TextFiles data.paths=texts "
 NOT_A_FILE_SYSTEM = (
     " is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
-    "Mount the bucket (gcsfuse, mountpoint-s3) and name the mounted folder."
+    "Mount the bucket with something that can rename (such as gcsfuse) and name the mounted folder."
 )
 NEGATIVE_COUNT = "optimizer.schedule.warmup.count=-1 must not be negative."
 MISTAKES = {

@@ -87,3 +87,26 @@ def test_data_that_are_not_prepared_are_refused(tmp_path: Path):
         assert "the data are not prepared" in said
         assert "python main.py prepare --config configs/quickstart.py" in said
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("seed=3", "process 1 has seed=3, process 0 has 0; start all with the same command."),
+        ("workdir", "workdir must be on a shared file system."),
+    ],
+)
+def test_processes_that_are_not_alike_are_refused(tmp_path: Path, word: str, said: str):
+    cluster = ["--devices", "4", "--coordinator", f"127.0.0.1:{runs.port()}", "--processes", "2", "--process"]
+    first = runs.begin(tmp_path / "a", *MESH, *cluster, "0")
+    other = tmp_path / "b" if word == "workdir" else tmp_path / "a"
+    second = runs.begin(other, *MESH, *cluster, "1", *([] if word == "workdir" else [word]))
+    try:
+        output = runs.end(second, 64)
+        if word != "workdir":
+            assert said in output
+        else:
+            assert "process 1 has workdir=" in output or said in output
+    finally:
+        first.kill()
+        first.communicate()

@@ -130,6 +130,12 @@ def test_what_changes_the_meaning_is_refused_unless_said(nine: Path, word: str):
     assert "accepted: " in runs.train(nine, "--devices", "1", word, "steps=10", "--accept-changes")
 
 
+def test_another_optimizer_is_refused_with_what_to_do(nine: Path):
+    said = runs.train(nine, "--devices", "1", "optimizer=Lion", code=64)
+    assert "the optimizer changed (AdamW -> Lion)" in said
+    assert "init_from=" in said
+
+
 def test_another_shape_is_refused_even_then(nine: Path):
     said = runs.train(nine, "--devices", "1", "model.mlp.width=128", "--accept-changes", code=66)
     assert "params/layers/mlp/out_FD has shape [1, 64, 32] in the checkpoint, [1, 128, 32] in the model" in said
@@ -211,7 +217,7 @@ def test_init_from_something_else_is_refused(whole: Path, tmp_path: Path):
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path):
     first = runs.begin(tmp_path, "steps=100000")
     runs.at_step(tmp_path, first, 1)
-    assert "is in use by another run" in runs.train(tmp_path, code=64)
+    assert f"is in use by process {first.pid} on " in runs.train(tmp_path, code=64)
     first.terminate()
     runs.end(first, 75)
 

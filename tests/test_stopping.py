@@ -28,7 +28,7 @@ def check_same(workdir: Path, whole: Path) -> None:
     assert runs.rows(workdir) == runs.rows(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path, number: signal.Signals):
     child = runs.begin(tmp_path)
     runs.at_step(tmp_path, child, 5)

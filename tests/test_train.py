@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +86,7 @@ def test_run_folder(one_device: tuple[str, Path]):
 
 
 def sample(text: str) -> str:
-    return text.rpartition("sample:\n")[2].rpartition("\nstep 6: checkpoint")[0]
+    return re.split(r"\n(?:step 6: checkpoint|run folder)", text.rpartition("sample:\n")[2])[0]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,13 @@ def test_own_text_is_prepared_trained_on_and_continued(tmp_path: Path):
     greedy = ["generate", str(workdir), "--prompt", "Line 7", "--tokens", "9", "--temperature", "0"]
     assert verb(*greedy).startswith("Line 7")
     assert verb(*greedy) == verb(*greedy, "--devices", "8", "mesh.model=8")
+
+    (tmp_path / "book.txt").write_text(text.replace("ducks", "swans"))
+    shutil.rmtree(tmp_path / "shards")
+    verb("prepare", "--config", "configs/quickstart.py", *data)
+    child = subprocess.run([sys.executable, "main.py", *greedy], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 65, "tokens would mean other text"
+    assert "is not the one that" in child.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 import stat
@@ -22,7 +23,7 @@ from mtx.step import TrainState
 from mtx.train import saved
 from mtx.train.build import banner, build, load_data, prepare_data
 from mtx.train.loop import Loop
-from mtx.train.stopping import SAVE, Stopping, each
+from mtx.train.stopping import SAVE, Stopping, each, leave
 
 log = logging.getLogger("mtx")
 
@@ -93,7 +94,10 @@ def _run(
         windows = corpus.train_windows(config.batch.sequence_length)
         program = build(config, jax.devices(), configs.total_steps(config, lambda: windows))
 
-        enter(saved.claimed(workdir, first))
+        mark = saved.this_process()
+        enter(saved.claimed(workdir, first, mark))
+        if cluster is not None:
+            alike(cluster, loaded, corpus.digest, workdir, mark)
         store = enter(Store(workdir / saved.FOLDER, config.checkpoints))
         resumes = bool(store.steps()) and not fresh
         if not resumes:
@@ -125,6 +129,10 @@ def talk(first: bool = True) -> None:
 def connect(cluster: Cluster | None) -> None:
     """Joins the processes of a run; from here on JAX may be asked for devices."""
     if cluster is not None:
+        if cluster.processes > 1:
+            log.warning(
+                "process %d of %d meets the others at %s", cluster.process, cluster.processes, cluster.coordinator
+            )
         jax.config.update("jax_enable_preemption_service", False)  # signals are ours: see stopping.py
         jax.distributed.initialize(
             cluster.coordinator,
@@ -134,6 +142,27 @@ def connect(cluster: Cluster | None) -> None:
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
     keep_compiled()
+
+
+def alike(cluster: Cluster, loaded: Loaded, data: str, workdir: Path, mark: str) -> None:
+    """Raises: ConfigError if this process has another config, other data or another run folder than the first."""
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    assert client is not None
+    mine = json.dumps({"config": configs.dump(loaded.config), "data": data})
+    if cluster.process == 0:
+        client.key_value_set("mtx/alike", mine)
+        client.key_value_set("mtx/lock", mark)
+    wanted = json.loads(client.blocking_key_value_get("mtx/alike", 600_000))
+    here = f"process {cluster.process} has"
+    for path, theirs, ours in configs.differences(wanted["config"], loaded.config):
+        raise ConfigError(f"{here} {path}={ours}, process 0 has {theirs}; start all with the same command.")
+    if wanted["data"] != data:
+        raise ConfigError(f"{here} other data than process 0 ({data}, {wanted['data']}); prepare them once for all.")
+    lock, wanted_mark = workdir / "lock", client.blocking_key_value_get("mtx/lock", 600_000)
+    if not lock.is_file() or lock.read_text().strip() != wanted_mark:
+        raise ConfigError(f"{here} another folder {workdir} than process 0; workdir must be on a shared file system.")
 
 
 def keep_compiled() -> None:
@@ -164,4 +193,4 @@ def _nothing_to_save(workdir: Path, children: list[subprocess.Popen], why: str) 
     steps = Store(workdir / saved.FOLDER).steps()
     newest = f"the newest checkpoint is that of step {steps[0]}" if steps else "there is no checkpoint"
     log.warning("stopped by %s before the first step: nothing is new, %s; the same command goes on.", why, newest)
-    os._exit(Stopped.exit_code)
+    leave(Stopped.exit_code)

@@ -5,7 +5,10 @@ import dataclasses
 import fcntl
 import json
 import logging
+import os
+import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ from data import Corpus
 from mtx import config as configs
 from mtx.checkpoint import DigestError, Found, Store
 from mtx.config import Config, Loaded
-from mtx.errors import CheckpointError, ConfigError, DeviceError
+from mtx.errors import CheckpointError, ConfigError, DataError, DeviceError
 from mtx.mesh import MeshConfig
 from mtx.step import Program, TrainState
 from mtx.train.build import build, load_data
@@ -45,7 +48,7 @@ class Start:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, first: bool) -> Iterator[None]:
+def claimed(workdir: Path, first: bool, mark: str) -> Iterator[None]:
     """The folder, made if need be, for this run alone: the lock falls with the process, however it ends."""
     if not first:
         yield
@@ -59,10 +62,19 @@ def claimed(workdir: Path, first: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"workdir={workdir} is in use by another run; give this one its own workdir.") from None
+            holder = (workdir / "lock").read_text().strip() or "another run"
+            raise ConfigError(f"workdir={workdir} is in use by {holder}; give this one its own workdir.") from None
         except OSError:
             log.warning("workdir=%s: this file system has no locks; start no second run in it.", workdir)
+        file.truncate(0)
+        file.write(f"{mark}\n")
+        file.flush()
         yield
+
+
+def this_process() -> str:
+    """For the lock: which process holds it."""
+    return f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
 def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept_changes: bool) -> Start:
@@ -119,6 +131,12 @@ def refuse_changes(found: Found, config: Config, corpus: Corpus, accept_changes:
     changed = configs.differences(about["config"], config)
     for path, old, new in changed:
         log.info("changed     %s: %s -> %s", path, old, new)
+    for path, old, new in changed:
+        if path == "optimizer":
+            raise ConfigError(
+                f"the optimizer changed ({old} -> {new}), and the state of one means nothing to the other; start a new "
+                "run from the weights: init_from= this folder, and another workdir=."
+            )
     wrong = [f"{path}: {old} -> {new}" for path, old, new in changed if _means(path)]
     for name, now in (("data", corpus.digest), ("tokenizer", corpus.tokenizer.digest)):
         if about[name] != now:
@@ -226,9 +244,13 @@ def open_run(folder: Path, words: Sequence[str] = (), step: int | None = None) -
     corpus = load_data(config)
     program = build(config, jax.devices()[:count], config.steps)
     found, params = weights(folder, program, step)
-    for name, now in (("data", corpus.digest), ("tokenizer", corpus.tokenizer.digest)):
-        if found.manifest.about[name] != now:
-            log.warning("the %s of this machine are not those of the run: %s", name, corpus.source)
+    if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
+        raise DataError(
+            f"the tokenizer of {corpus.source} is not the one that {folder} was trained with, so that its tokens "
+            "mean other text; give the run its data back."
+        )
+    if found.manifest.about["data"] != corpus.digest:
+        log.warning("the text is not what the run was trained on: now %s", corpus.source)
     return Opened(config, program, corpus, params, found.step)
 
 
@@ -245,7 +267,7 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     try:
         return configs.read_dump(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except OSError:
         raise ConfigError(f"{folder} is no run folder: it has no config.json; such as runs/quickstart.") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is not of this version: {type(error).__name__}: {error}.") from error

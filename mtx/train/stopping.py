@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ log = logging.getLogger("mtx")
 SAVE = "save"
 OVER = "over"
 """What a process that leaves the loop says to the threads that wait for a meeting: they end, before Python does."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-AGAIN_S = {signal.SIGINT: 0.3, signal.SIGTERM: 10.0}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""A closed terminal sends the last; under nohup it is ignored, and stays so."""
+AGAIN_S = {signal.SIGINT: 0.3, signal.SIGTERM: 10.0, signal.SIGHUP: 10.0}
 """A second signal this long after the first ends the process at once: whoever sends it does not want to wait. Launchers
 may send SIGTERM twice in a row."""
 POLL_MS = 10_000
@@ -70,6 +72,8 @@ class Stopping:
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._handlers[number] = signal.signal(number, lambda *_: None)
         self._old_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._signals = threading.Thread(target=self._watch_signals, name="signals", daemon=True)
@@ -154,7 +158,7 @@ class Stopping:
                     self.ask(name)
                 elif time.monotonic() - seen > AGAIN_S[number]:
                     log.warning("a second %s: stopping at once, without saving.", name)
-                    os._exit(128 + number)
+                    leave(128 + number)
 
     def _attend_meetings(self) -> None:
         try:
@@ -203,6 +207,13 @@ class Stopping:
                 for p in range(jax.process_count()):
                     self._client.blocking_key_value_get(f"{prefix}/gone/{p}", 5_000)
             time.sleep(0.5)
+
+
+def leave(code: int) -> None:
+    """Ends the process at once, and gives a terminal its cursor back."""
+    if sys.stderr.isatty():
+        print("\x1b[?25h", end="", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def _client():
