@@ -40,6 +40,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path
     check_same(tmp_path, whole)
 
 
+def test_a_hangup_that_nohup_ignores_is_ignored(whole: Path, tmp_path: Path):
+    child = runs.begin(tmp_path, ignored=[signal.SIGHUP])
+    runs.at_step(tmp_path, child, 5)
+    runs.stop(child, signal.SIGHUP)
+    runs.end(child)
+    check_same(tmp_path, whole)
+
+
 def test_a_signal_while_it_compiles_ends_it_at_once(whole: Path, tmp_path: Path):
     child = runs.begin(tmp_path)
     runs.wait_for(tmp_path, child, lambda: (tmp_path / "config.json").exists())
