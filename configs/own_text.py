@@ -7,37 +7,22 @@ from about 50 MB on) and a larger model. Learning rate and batch are quickstart'
     python main.py --config configs/own_text.py data.paths=my/folder
 """
 
+from dataclasses import replace
+
+from configs.quickstart import get_config as quickstart
 from data import Bpe, TextFiles
-from mtx.attention import AttentionConfig
-from mtx.checkpoint import Checkpoints
-from mtx.config import BatchConfig, Config
-from mtx.layers import RMSNorm, Rotary, SwiGLU
-from mtx.losses import CrossEntropy
-from mtx.mesh import MeshConfig
-from mtx.model import Transformer
-from mtx.optim import AdamW, Cosine, Fraction
+from mtx.config import Config
 
 
 def get_config() -> Config:
+    base = quickstart()
     tokenizer = Bpe(vocab_size=1024)
-    return Config(
-        model=Transformer(
-            vocab_size=tokenizer.vocab_size,
-            layers=4,
-            width=128,
-            attention=AttentionConfig(heads=8),
-            mlp=SwiGLU(width=352),
-            norm=RMSNorm(),
-            positions=Rotary(),
-            bias=False,
-        ),
+    return replace(
+        base,
+        model=replace(base.model, vocab_size=tokenizer.vocab_size),
         data=TextFiles(paths="notes", tokenizer=tokenizer),
-        batch=BatchConfig(global_size=8, sequence_length=128),
-        optimizer=AdamW(b2=0.98, schedule=Cosine(peak_lr=4e-3, warmup=Fraction(share=0.05), final_share=0.05)),
-        loss=CrossEntropy(chunk_tokens=512),
-        mesh=MeshConfig(data=-1),
+        steps=None,
         epochs=2.0,
-        checkpoints=Checkpoints(every_steps=100),
         log_every=50,
         eval_every=100,
         sample_tokens=40,

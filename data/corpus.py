@@ -1,7 +1,7 @@
 """A corpus: token streams, one per split, and batches of them by sample number."""
 
-import gzip
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,7 +32,8 @@ class Split:
 
     def windows(self, sequence_length: int) -> int:
         """How many windows of this length cover the stream. Raises: ValueError for a length below 1."""
-        _check_sequence_length(sequence_length)
+        if sequence_length < 1:
+            raise ValueError(f"batch.sequence_length={sequence_length} must be >= 1; try batch.sequence_length=256.")
         return window_count(len(self.tokens_N), sequence_length)
 
     def batch(self, windows_B: np.ndarray | Sequence[int], sequence_length: int) -> Batch:
@@ -58,8 +59,6 @@ class Corpus:
 
     source: str
     """What the text is, for people."""
-    isolate_documents: bool
-    """Whether positions restart and attention stays inside a document."""
     tokenizer: Tokenizer
     """Text to tokens and back."""
     splits: Mapping[str, Split]
@@ -113,14 +112,15 @@ class Corpus:
         contents = {
             name: hashlib.sha256(split.tokens_N.astype("<u2").tobytes()).hexdigest() for name, split in splits.items()
         }
-        held_out = b"".join(texts["validation"])
+        yardstick = Gzip()
+        for text in texts["validation"]:
+            yardstick.add(text)
         return cls(
             source=source,
-            isolate_documents=isolate_documents,
             tokenizer=tokenizer,
             splits=splits,
             digest=digest(tokenizer, contents),
-            gzip_bits_per_byte=_gzip_bits_per_byte(held_out) if len(held_out) <= GZIP_BYTES else None,
+            gzip_bits_per_byte=yardstick.bits_per_byte(),
         )
 
     @property
@@ -129,24 +129,9 @@ class Corpus:
         return self.tokenizer.vocab_size
 
     @property
-    def train_documents(self) -> int:
-        """Documents in the training split."""
-        return self.splits["train"].documents
-
-    @property
-    def train_bytes(self) -> int:
-        """Bytes of training text, ends of documents not counted."""
-        return self.splits["train"].bytes
-
-    @property
-    def validation_documents(self) -> int:
-        """Documents in the validation split; 0 where there is none."""
-        return self.splits["validation"].documents if "validation" in self.splits else 0
-
-    @property
-    def validation_bytes(self) -> int:
-        """Bytes of validation text, ends of documents not counted: what bits per byte are divided by."""
-        return self.splits["validation"].bytes if "validation" in self.splits else 0
+    def isolate_documents(self) -> bool:
+        """Whether positions restart and attention stays inside a document."""
+        return self.splits["train"].isolate_documents
 
     def describe(self) -> str:
         """One line for the banner."""
@@ -165,8 +150,9 @@ class Corpus:
     def _tokens(self) -> str:
         if isinstance(self.tokenizer, ByteTokenizer):
             return "bytes as tokens"
-        tokens = len(self.splits["train"].tokens_N) - self.train_documents
-        return f"{self.train_bytes / max(tokens, 1):.2f} bytes per token of {self.vocab_size:,}"
+        train = self.splits["train"]
+        tokens = len(train.tokens_N) - train.documents
+        return f"{train.bytes / max(tokens, 1):.2f} bytes per token of {self.vocab_size:,}"
 
     def train_windows(self, sequence_length: int) -> int:
         """Samples in one epoch.
@@ -208,18 +194,6 @@ class Corpus:
             self._orders[key] = shuffled(Windows(self.splits["train"].tokens_N, sequence_length), seed)
         return self._orders[key]
 
-    def validation(self, sequence_length: int) -> Batch:
-        """All validation windows, in the order of the text; the last one is padded.
-
-        Raises:
-          ValueError: a sequence length below 1, or no validation split.
-        """
-        _check_sequence_length(sequence_length)
-        if "validation" not in self.splits:
-            raise ValueError(f"{self.source} holds no text out for validation; give data.split a second number.")
-        split = self.splits["validation"]
-        return split.batch(np.arange(split.windows(sequence_length)), sequence_length)
-
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without an end of document."""
         return self.tokenizer.encode(text)
@@ -231,6 +205,25 @@ class Corpus:
           ValueError: a token outside the vocabulary.
         """
         return self.tokenizer.decode(tokens)
+
+
+class Gzip:
+    """What `gzip -9` needs for a text that comes in parts, up to `GZIP_BYTES`."""
+
+    def __init__(self) -> None:
+        self._gzip = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+        self._text_bytes, self._zipped_bytes = 0, 0
+
+    def add(self, text: bytes) -> None:
+        self._text_bytes += len(text)
+        if self._text_bytes <= GZIP_BYTES:
+            self._zipped_bytes += len(self._gzip.compress(text))
+
+    def bits_per_byte(self) -> float | None:
+        """None: no text, or too much."""
+        if not 0 < self._text_bytes <= GZIP_BYTES:
+            return None
+        return 8 * (self._zipped_bytes + len(self._gzip.flush())) / self._text_bytes
 
 
 def digest(tokenizer: Tokenizer, contents: Mapping[str, str]) -> str:
@@ -247,12 +240,3 @@ def _unit_hash(name: str) -> float:
 def _stream(tokenizer: ByteTokenizer, documents: Iterable[bytes]) -> np.ndarray:
     end = np.array([tokenizer.end_of_document], np.uint16)
     return np.concatenate([piece for tokens in tokenizer.encode_batch(documents) for piece in (tokens, end)])
-
-
-def _gzip_bits_per_byte(text: bytes) -> float | None:
-    return 8 * len(gzip.compress(text, 9, mtime=0)) / len(text) if text else None
-
-
-def _check_sequence_length(sequence_length: int) -> None:
-    if sequence_length < 1:
-        raise ValueError(f"batch.sequence_length={sequence_length} must be >= 1; try batch.sequence_length=256.")

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import sources
-from data.corpus import GZIP_BYTES
+from data.corpus import Gzip
 from data.manifest import NAME, TOKENIZER, Manifest, SourceFile, sync
 from data.records import Reading, documents
 from data.shards import TEMPORARY, Shard, Writer, dtype_of
@@ -155,7 +154,7 @@ def _prepare(config: TextFiles, folder: Path, progress: Progress) -> None:
     ends = _survey(config, files, folder, policy, progress)
     tokenizer = _tokenizer(config, files, folder, ends, progress)
     writers = {name: Writer(folder, name, dtype_of(tokenizer.vocab_size), tokenizer.end_of_document) for name in ends}
-    yardstick = _Gzip()
+    yardstick = Gzip()
     try:
         splits = _write(config, files, writers, tokenizer, ends, yardstick, progress)
     finally:
@@ -281,7 +280,7 @@ def _write(
     writers: dict[str, Writer],
     tokenizer: Tokenizer,
     ends: Borders,
-    yardstick: "_Gzip",
+    yardstick: Gzip,
     progress: Progress,
 ) -> dict[str, Shard]:
     """The second pass: tokenizes into the writers."""
@@ -314,22 +313,3 @@ def _publish(folder: Path, writers: Iterable[Writer], manifest: Manifest) -> Non
     if temporary.exists():
         temporary.rename(folder / TOKENIZER)
     manifest.write(folder)
-
-
-class _Gzip:
-    """What `gzip -9` needs for a text that comes in parts, up to `GZIP_BYTES`."""
-
-    def __init__(self) -> None:
-        self._gzip = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-        self._text_bytes, self._zipped_bytes = 0, 0
-
-    def add(self, text: bytes) -> None:
-        self._text_bytes += len(text)
-        if self._text_bytes <= GZIP_BYTES:
-            self._zipped_bytes += len(self._gzip.compress(text))
-
-    def bits_per_byte(self) -> float | None:
-        """None: no text, or too much."""
-        if not 0 < self._text_bytes <= GZIP_BYTES:
-            return None
-        return 8 * (self._zipped_bytes + len(self._gzip.flush())) / self._text_bytes

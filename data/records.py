@@ -147,7 +147,7 @@ def _text_of(line: Line, limits: Limits) -> bytes:
         raise _Wrong("not an object", f"is {_type(record)}, not an object; a file holds one object per line.")
     if limits.text_key not in record:
         raise _Wrong("missing key", f"has no key {limits.text_key!r}{_near_key(limits.text_key, record)}.")
-    return _checked(record[limits.text_key], f"its {limits.text_key!r}", limits)
+    return _checked(record[limits.text_key], limits)
 
 
 def _near_key(key: str, names: Any) -> str:
@@ -156,8 +156,9 @@ def _near_key(key: str, names: Any) -> str:
     return f"; did you mean data.text_key={near[0]}?" if near else f", only {keys}" if keys else ", nor any other"
 
 
-def _checked(text: Any, name: str, limits: Limits) -> bytes:
+def _checked(text: Any, limits: Limits) -> bytes:
     """A value of a record as UTF-8. Raises: _Wrong."""
+    name = f"its {limits.text_key!r}"
     if not isinstance(text, str):
         reason = "null" if text is None else "not a string"
         raise _Wrong(reason, f"{name} is {_type(text)}, not a string.")
@@ -284,4 +285,4 @@ def _parquet_text(value: Any, limits: Limits) -> bytes:
     except UnicodeDecodeError as error:
         what = f"its {limits.text_key!r} is not UTF-8 at byte {error.start} ({error.reason})."
         raise _Wrong("not UTF-8", what) from error
-    return _checked(text, f"its {limits.text_key!r}", limits)
+    return _checked(text, limits)

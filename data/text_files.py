@@ -190,7 +190,6 @@ class TextFiles:
             raise ValueError(f"{error} Damaged or replaced: {AGAIN} to write it again.") from error
         return Corpus(
             source=f"{self.paths} ({folder})",
-            isolate_documents=self.isolate_documents,
             tokenizer=tokenizer,
             splits=splits,
             digest=digest(tokenizer, {name: shard.bin_sha256 for name, shard in manifest.splits.items()}),

@@ -72,6 +72,9 @@ def simulate(devices: int) -> None:
     others = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = f"{others} --xla_force_host_platform_device_count={max(devices, 1)}".strip()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # XLA's threads, else as many as cores or devices, whichever is more: a device may block several of them in
+    # collectives that do not depend on one another, and none is left for those that they wait for.
+    os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
 
 
 def run_folder(flags: argparse.Namespace, words: list[str], verb: str) -> tuple[Path, list[str]]:

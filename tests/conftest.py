@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("NPROC", "32")  # see mtx.command.simulate
 XLA_FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     # Eight device threads on two busy cores may wait for one another longer than XLA's 40 s, which ends the process.

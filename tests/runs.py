@@ -28,13 +28,13 @@ def command(workdir: Path, *words: str) -> list[str]:
     return [sys.executable, "main.py", *config, *small, f"workdir={workdir}", *words]
 
 
-def begin(workdir: Path, *words: str, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen:
+def begin(workdir: Path, *words: str, ignored: Sequence[signal.Signals] = (), cwd: Path = ROOT) -> subprocess.Popen:
     """`ignored`: what the run inherits as ignored, as nohup does; not what the tests were started with."""
     argv = command(workdir, *words)
     stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {n: signal.signal(n, signal.SIG_IGN if n in ignored else signal.SIG_DFL) for n in stops}
     try:
-        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

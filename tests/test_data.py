@@ -51,7 +51,6 @@ def numbered_corpus(*, tokens: int, isolate: bool, ends: tuple[int, ...] = ()) -
     train[[*ends, -1]] = E
     return Corpus(
         source="numbers",
-        isolate_documents=isolate,
         tokenizer=ByteTokenizer(),
         splits={"train": split_of(train, isolate), "validation": split_of(stream("xyz"), isolate)},
         digest="0" * 16,
@@ -100,7 +99,7 @@ def test_documents_are_read_from_source(tmp_path: Path) -> None:
     corpus = Corpus.from_documents(
         documents, source="test", validation_fraction=0.5, isolate_documents=True
     )  # A lone surrogate does not stop it.
-    assert corpus.train_documents + corpus.validation_documents == 2
+    assert sum(split.documents for split in corpus.splits.values()) == 2
 
     assert topic_documents(tmp_path) == {}
     (tmp_path / "pydoc_data").mkdir()
@@ -115,18 +114,18 @@ def test_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_this_python_has_enough_text(docs: Corpus) -> None:
-    assert 1_500_000 < docs.train_bytes < 10_000_000
-    assert docs.train_documents > 250
-    assert 0.02 < docs.validation_bytes / docs.train_bytes < 0.1
+    train, validation = docs.splits["train"], docs.splits["validation"]
+    assert 1_500_000 < train.bytes < 10_000_000
+    assert train.documents > 250
+    assert 0.02 < validation.bytes / train.bytes < 0.1
     text = "".join(docs.decode(split.tokens_N) for split in docs.splits.values())
     assert "module json.decoder\n" in text
     assert all(topic in text for topic in topic_documents(Path(sysconfig.get_path("stdlib"))).values())
-    held_out = docs.splits["validation"].tokens_N
-    held_out = held_out[held_out != E].astype(np.uint8).tobytes()
-    assert len(held_out) == docs.validation_bytes
-    assert docs.gzip_bits_per_byte == 8 * len(gzip.compress(held_out, 9)) / docs.validation_bytes
+    held_out = validation.tokens_N[validation.tokens_N != E].astype(np.uint8).tobytes()
+    assert len(held_out) == validation.bytes
+    assert docs.gzip_bits_per_byte == 8 * len(gzip.compress(held_out, 9)) / validation.bytes
     assert 1.5 < docs.gzip_bits_per_byte < 3.5  # English and code; zeros or noise would lie outside.
-    for part in (f"Python {sys.version_info.major}.", f"{docs.train_documents} documents", docs.digest):
+    for part in (f"Python {sys.version_info.major}.", f"{train.documents} documents", docs.digest):
         assert part in docs.describe()
     assert "\n" not in docs.describe()
 
@@ -169,7 +168,10 @@ def test_split_is_disjoint_and_stable() -> None:
     def split(documents: dict[str, str]) -> tuple[set[str], set[str]]:
         corpus = Corpus.from_documents(documents, source="test", validation_fraction=0.2, isolate_documents=True)
         train, validation = texts(corpus, "train"), texts(corpus, "validation")
-        assert corpus.train_documents == len(train) and corpus.validation_documents == len(validation)
+        assert {name: split.documents for name, split in corpus.splits.items()} == {
+            "train": len(train),
+            "validation": len(validation),
+        }
         return train, validation
 
     few = {f"d{i}": f"text {i}" for i in range(200)}
@@ -320,16 +322,16 @@ def test_any_sample_costs_the_same() -> None:
 
 
 def test_validation_is_the_held_out_text_in_order(docs: Corpus) -> None:
-    batch = docs.validation(100)
-    stream_N = docs.splits["validation"].tokens_N
+    split = docs.splits["validation"]
+    stream_N, batch = split.tokens_N, split.batch(range(split.windows(100)), 100)
     assert batch["tokens"].shape == (window_count(len(stream_N), 100), 100)
     real = batch["segments"] > 0
     assert batch["targets"][real].tolist() == stream_N[1:].tolist()
-    assert batch["weights"].sum() == len(stream_N) - docs.validation_documents
-    part = docs.splits["validation"].batch([7, 3], 100)
+    assert batch["weights"].sum() == len(stream_N) - split.documents
+    part = split.batch([7, 3], 100)
     assert same(part, {name: array[[7, 3]] for name, array in batch.items()})
     with pytest.raises(ValueError, match="no window -1"):
-        docs.splits["validation"].batch([-1], 100)
+        split.batch([-1], 100)
 
 
 # Edges
@@ -378,7 +380,7 @@ def test_wrong_arguments_say_what_to_type(arguments: tuple[int, list[int], int],
     with pytest.raises(ValueError, match=message):
         corpus.train(*arguments)
     with pytest.raises(ValueError, match=r"try batch\.sequence_length"):
-        corpus.validation(0)
+        corpus.splits["validation"].windows(0)
 
 
 def test_the_digest_changes_with_any_token() -> None:

@@ -59,7 +59,7 @@ class Doctor:
     def run(self, *words: str, before: str = "", **env: str) -> Report:
         """`before`: what the process does to itself before it becomes the doctor."""
         shim = f"import os, resource, sys; {before}; os.execv(sys.argv[1], sys.argv[1:])"
-        argv = [sys.executable, "-m", "mtx.doctor", "--dev", str(self.dev), "--need-gb", "0.1", *words]
+        argv = [sys.executable, "main.py", "doctor", "--dev", str(self.dev), "--need-gb", "0.1", *words]
         argv = [sys.executable, "-c", shim, *argv] if before else argv
         child = subprocess.run(argv, cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=120)
         assert child.stderr == "", child.stderr

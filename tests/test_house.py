@@ -22,12 +22,26 @@ OURS = {*PACKAGES, "main", "tests", "benchmarks"}
 # A module of mtx imports only modules before it. Add a new one where it belongs, here and in the README's tree.
 VERBS = ("evaluate", "generate", "prepare", "convert", "doctor", "launch", "compare")
 ORDER = (
-    *("errors", "command", "mesh", "layout", "spmd", "hlo", "layers", "attention", "moe", "model", "losses", "optim"),
+    *(
+        "errors",
+        "command",
+        "processes",
+        "mesh",
+        "layout",
+        "spmd",
+        "hlo",
+        "layers",
+        "attention",
+        "moe",
+        "model",
+        "losses",
+        "optim",
+    ),
     *("pipeline", "step", "decode", "checkpoint", "metrics", "config", "plan", "train"),
     *VERBS,
 )
 MAY_IMPORT_KERNELS = {"attention", "moe", "losses", "optim"}
-FOR_EVERYBODY = {"pallas_kernels.masks", "pallas_kernels.threefry"}
+FOR_EVERYBODY = {"pallas_kernels.masks", "pallas_kernels.threefry", "pallas_kernels.attention"}
 MAY_IMPORT_DATA = {"config", "train", *VERBS}
 
 # Test files that are about no single module.

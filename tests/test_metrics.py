@@ -223,7 +223,7 @@ NO_TENSORBOARD = Reporting(tensorboard=False)
 
 
 def test_metrics_jsonl_is_whole_after_each_row_and_null_for_what_is_not_finite(tmp_path: Path):
-    with Metrics(tmp_path, None, NO_TENSORBOARD) as out:
+    with Metrics(tmp_path, 0, NO_TENSORBOARD) as out:
         out.write(1, {"step": 1, "train/loss": 1 / 3, "mfu": math.nan, "tokens": 2**40})
         assert rows_of(tmp_path) == [{"step": 1, "train/loss": 1 / 3, "mfu": None, "tokens": 2**40}]
         out.write(1, {"val/loss": math.inf})
@@ -235,7 +235,7 @@ def test_metrics_jsonl_is_whole_after_each_row_and_null_for_what_is_not_finite(t
 
 
 def test_resume_keeps_rows_up_to_its_step_and_drops_a_half_written_line(tmp_path: Path):
-    with Metrics(tmp_path, None, NO_TENSORBOARD) as out:
+    with Metrics(tmp_path, 0, NO_TENSORBOARD) as out:
         for step in range(1, 8):
             out.write(step, {"train/loss": 1 / step})
             if step == 4:
@@ -256,7 +256,7 @@ def test_resume_keeps_rows_up_to_its_step_and_drops_a_half_written_line(tmp_path
 
 
 def test_a_resume_that_dies_while_it_drops_rows_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with Metrics(tmp_path, None, NO_TENSORBOARD) as out:
+    with Metrics(tmp_path, 0, NO_TENSORBOARD) as out:
         for step in range(1, 8):
             out.write(step, {"train/loss": 1 / step})
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -342,7 +342,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_extra(package: str,
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     with pytest.raises(ConfigError, match=re.escape(f"pip install -e '.[{package}]'")):
-        Metrics(tmp_path, None, Reporting(**{package: "project"}))
+        Metrics(tmp_path, 0, Reporting(**{package: "project"}))
     assert list(tmp_path.iterdir()) == [], "refused before anything is replaced"
 
 
@@ -369,7 +369,6 @@ def test_console_says_the_same_to_stream_and_file_without_control_characters(tmp
         log.warning("attention: %s", "plain")
         log.debug("not this")
         console.progress(3, loss=1.0, eta_s=5.0)
-    console.close()
     wanted = "one\ntwo red bellreturn 31m é [bold] :smile:\nattention: plain\n"
     assert stream.getvalue() == (tmp_path / "log.txt").read_text("utf-8") == wanted
     log.info("after")

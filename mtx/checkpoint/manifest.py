@@ -6,7 +6,7 @@ A step without a manifest that agrees with its files is not a checkpoint.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ def promise(checkpoints: Path, manifest: Manifest) -> None:
     """Before a step is written: what it will be. If a kill comes between Orbax's end and the seal, `keep_promise`
     seals it at the next start, and the digests of what is restored say whether it is what was promised."""
     (checkpoints / PROMISES).mkdir(parents=True, exist_ok=True)
-    _write(checkpoints / PROMISES / f"{manifest.step}.json", _sealed(asdict(manifest) | {"format": FORMAT}))
+    _write(checkpoints / PROMISES / f"{manifest.step}.json", manifest)
 
 
 def seal(checkpoints: Path, manifest: Manifest) -> None:
@@ -65,8 +65,7 @@ def keep_promise(checkpoints: Path, step: int) -> None:
 
 def amend(folder: Path, about: Mapping[str, Any], val_loss: float | None) -> None:
     """Writes a step's manifest again with another `about` and validation loss; the files stay as they are."""
-    manifest = replace(read(folder), about=about, val_loss=val_loss)
-    _write(folder / NAME, _sealed(asdict(manifest) | {"format": FORMAT}))
+    _write(folder / NAME, replace(read(folder), about=about, val_loss=val_loss))
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -76,13 +75,13 @@ def write(folder: Path, manifest: Manifest) -> None:
         hashes = dict(zip(names, pool.map(lambda name: _hash(folder / name, sync=True), names), strict=True))
     for part in {(folder / name).parent for name in names}:
         _sync(part)
-    _write(folder / NAME, _sealed(asdict(manifest) | {"files": hashes, "format": FORMAT}))
+    _write(folder / NAME, replace(manifest, files=hashes))
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, manifest: Manifest) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(_sealed(asdict(manifest) | {"format": FORMAT}))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -122,7 +121,7 @@ def read_file(path: Path) -> Manifest:
         raise ValueError(said) from None
 
 
-def verify(folder: Path, seen: Callable[[int], None] = lambda size: None) -> Manifest:
+def verify(folder: Path) -> Manifest:
     """The manifest of a step all of whose files are as they were written.
 
     Raises: ValueError that names the first file that is not, or says what is wrong with the manifest.
@@ -142,7 +141,6 @@ def verify(folder: Path, seen: Callable[[int], None] = lambda size: None) -> Man
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read: {error}"
-        seen(size)
         return f"{name} is damaged: its SHA-256 differs" if wrong else None
 
     with ThreadPoolExecutor(THREADS) as pool:

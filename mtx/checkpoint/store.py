@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtx import processes
 from mtx.checkpoint import manifest as manifests
 from mtx.checkpoint.digest import digests
 from mtx.checkpoint.manifest import Array, Manifest
@@ -98,7 +99,6 @@ class Store:
         self._failure: BaseException | None = None
         self._failures = 0
         self._in_flight: int | None = None
-        self._started = 0.0
 
     def __enter__(self) -> "Store":
         return self
@@ -129,17 +129,17 @@ class Store:
             raise NumericsError(f"step {step} is not saved: {', '.join(bad[:3])} holds numbers that are not finite.")
         described = {name: Array(shape=x.shape, dtype=str(x.dtype), digest=found[name]) for name, x in arrays.items()}
         manifest = Manifest(step=step, arrays=described, about=about, val_loss=val_loss)
-        self._in_flight, self._started = step, started
+        self._in_flight = step
         try:
             if self.first:
                 manifests.promise(self.folder, manifest)
             self._manager.save(step, args=self._items(self._args.StandardSave, arrays))
         except Exception as error:
             self._failure = error
-        self._finishing = threading.Thread(target=self._finish, args=(manifest,), name="checkpoint")
+        self._finishing = threading.Thread(target=self._finish, args=(manifest, started), name="checkpoint")
         self._finishing.start()
 
-    def _finish(self, manifest: Manifest) -> None:
+    def _finish(self, manifest: Manifest, started: float) -> None:
         """In the background: wait for Orbax on every process, then seal the step and delete old ones."""
         try:
             self._manager.wait_until_finished()
@@ -147,8 +147,7 @@ class Store:
             if self._failure is not None or not self.first:
                 return
             manifests.seal(self.folder, manifest)
-            seconds = time.perf_counter() - self._started
-            log.info("step %d: checkpoint saved and sealed in %.1f s", manifest.step, seconds)
+            log.info("step %d: checkpoint saved and sealed in %.1f s", manifest.step, time.perf_counter() - started)
         except BaseException as error:
             self._failure = self._failure or error
             return
@@ -180,11 +179,8 @@ class Store:
         """
         if jax.process_count() == 1:
             return failure
-        from jax._src import distributed
-
-        client = distributed.global_state.client
-        assert client is not None
         self._agreements += 1
+        client = processes.client()
         prefix = f"mtx/saved/{self._agreements}"
         client.key_value_set(f"{prefix}/{jax.process_index()}", failure or "ok")
         said = [client.blocking_key_value_get(f"{prefix}/{p}", SEAL_MS) for p in range(jax.process_count())]
@@ -244,13 +240,11 @@ class Store:
         if chosen == -2:
             return None
         if chosen == -1:
-            said = "; ".join(f"step {step}: {reason}" for step, reason in why)
+            said = "; ".join(f"step {step}: {reason}" for step, reason in why) or "see process 0"
+            anew = ", or train anew with --fresh, which moves them to earlier/ and deletes nothing."
             raise CheckpointError(
-                f"{self.folder} holds checkpoints, and none verifies ({said or 'see process 0'}). Put a good copy back"
-                + (
-                    ", or train anew with --fresh, which moves them to earlier/ and deletes nothing."
-                    * (self.rule is not None)
-                )
+                f"{self.folder} holds checkpoints, and none verifies ({said}). Put a good copy back"
+                + (anew if self.rule is not None else "")
             )
         found = found or manifests.read(self.folder / str(chosen))
         return Found(found, why)
@@ -273,8 +267,7 @@ class Store:
         if what was read has another digest than what was saved, on every process alike.
         """
         wanted = named(target)
-        whole = any(not name.startswith(f"{WEIGHTS}/") for name in wanted)
-        self._refuse_misfits(found.manifest, wanted, whole)
+        self._refuse_misfits(found.manifest, wanted)
         read = self._manager.restore(found.step, args=self._items(self._args.StandardRestore, wanted))
         arrays = {name: leaf for group in read.values() for name, leaf in _flat(group).items()}
         got, _ = digests(arrays)
@@ -282,7 +275,8 @@ class Store:
             raise DigestError(f"{wrong[0]} has digest {got[wrong[0]]}, not {found.manifest.arrays[wrong[0]].digest}")
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
 
-    def _refuse_misfits(self, manifest: Manifest, wanted: Mapping[str, Any], whole: bool) -> None:
+    def _refuse_misfits(self, manifest: Manifest, wanted: Mapping[str, Any]) -> None:
+        whole = any(not name.startswith(f"{WEIGHTS}/") for name in wanted)
         saved = {name: a for name, a in manifest.arrays.items() if whole or name.startswith(f"{WEIGHTS}/")}
         wrong = [f"{name} is in the checkpoint and not in the model" for name in saved if name not in wanted]
         wrong += [f"{name} is in the model and not in the checkpoint" for name in wanted if name not in saved]
@@ -344,13 +338,12 @@ class Store:
         return self._args.Composite(**{group: kind(_nested(leaves)) for group, leaves in groups.items()})
 
 
-def _move(path: Path, into: Path) -> Path:
+def _move(path: Path, into: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     number = 1
     while (target := into / f"{path.name}-{number}").exists():
         number += 1
     path.rename(target)
-    return target
 
 
 def _agreed(value: int) -> int:

@@ -9,7 +9,7 @@ from mtx.config.schema import is_config, join
 from mtx.errors import ConfigError
 
 COMMAND_LINE = "command line"
-FLAGS = (*("config", "devices", "verbose", "fresh", "accept-changes", "coordinator", "processes", "process", "help"),)
+FLAGS = ("config", "devices", "verbose", "fresh", "accept-changes", "coordinator", "processes", "process", "help")
 """Of main.py, for near misses."""
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class _Node:
     text: str | None = None
     children: dict[str, "_Node"] = field(default_factory=dict)
 
-    def paths(self, prefix: str = "") -> list[str]:
+    def paths(self, prefix: str) -> list[str]:
         """The dotted paths that are set below this node."""
         found = []
         for name, child in self.children.items():

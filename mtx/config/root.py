@@ -120,13 +120,9 @@ class Config:
             if value == "":
                 yield field, "is empty; name a folder, or None"
             elif value is not None and re.match(r"[\w+.-]+://", value):
-                yield (
-                    field,
-                    (
-                        "is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
-                        "Mount the bucket with something that can rename (such as gcsfuse) and name the mounted folder"
-                    ),
-                )
+                why = "is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
+                why += "Mount the bucket with something that can rename (such as gcsfuse) and name the mounted folder"
+                yield field, why
 
 
 LENGTHS = ("steps", "tokens", "epochs")

@@ -9,7 +9,7 @@ from mtx.doctor import cluster, devices, flags, machine, versions
 from mtx.doctor.finding import Finding, Request
 from mtx.errors import ConfigError
 
-__all__ = ["Finding", "Request", "add_flags", "diagnose", "main", "run"]
+__all__ = ["add_flags", "main"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +20,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
-    """`python main.py doctor [FOLDER]`: returns the exit code. Raises: ConfigError for words that it does not know."""
+    """`python main.py doctor [FOLDER]`: prints a line per check; 1 if one failed, else 0: warnings do not fail.
+
+    Raises: ConfigError for words that it does not know.
+    """
     if len(words) == 1 and "=" not in words[0] and not words[0].startswith("-"):
         flags.folder = words.pop()
     if words:
         raise ConfigError(f"doctor takes no {' '.join(words)}; python main.py doctor --help shows what it takes.")
-    return run(flags)
+    request = Request(folder=flags.folder, need_gb=flags.need_gb, dev=flags.dev, coordinator=flags.coordinator)
+    found = diagnose(request)
+    width = max(len(finding.name) for finding in found)
+    for finding in found:
+        fix = f"  ->  {finding.fix}" if finding.fix else ""
+        print(f"{finding.state:<4}  {finding.name:<{width}}  {finding.found}{fix}")
+    count = {state: sum(finding.state == state for finding in found) for state in ("FAIL", "WARN")}
+    said = ", ".join(f"{n} {state}" for state, n in count.items() if n)
+    print(f"doctor: {said or 'nothing wrong'}")
+    return 1 if count["FAIL"] else 0
 
 
 def diagnose(request: Request) -> list[Finding]:
@@ -38,17 +50,3 @@ def diagnose(request: Request) -> list[Finding]:
         *machine.check(request),
         *cluster.check(request),
     ]
-
-
-def run(flags: argparse.Namespace) -> int:
-    """Prints a line per check; 1 if one failed, else 0: warnings do not fail."""
-    coordinator = getattr(flags, "coordinator", None)
-    found = diagnose(Request(folder=flags.folder, need_gb=flags.need_gb, dev=flags.dev, coordinator=coordinator))
-    width = max(len(finding.name) for finding in found)
-    for finding in found:
-        fix = f"  ->  {finding.fix}" if finding.fix else ""
-        print(f"{finding.state:<4}  {finding.name:<{width}}  {finding.found}{fix}")
-    count = {state: sum(finding.state == state for finding in found) for state in ("FAIL", "WARN")}
-    said = ", ".join(f"{n} {state}" for state, n in count.items() if n)
-    print(f"doctor: {said or 'nothing wrong'}")
-    return 1 if count["FAIL"] else 0

@@ -25,10 +25,10 @@ class Finding:
 class Request:
     """What the user asks the doctor to look at."""
 
-    folder: str = "runs"
-    need_gb: float = 10.0
-    dev: str = "/dev"
-    coordinator: str | None = None
+    folder: str
+    need_gb: float
+    dev: str
+    coordinator: str | None
     """host:port, if it was given on the command line."""
 
 

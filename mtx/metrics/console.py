@@ -94,13 +94,19 @@ class Console:
         log.addHandler(self.handler)
         log.setLevel(logging.INFO if first else logging.WARNING)
         log.propagate = False  # else the root logger's handler would say it again
-        self.closed = False
 
     def __enter__(self) -> "Console":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Takes the bar away, gives logging back, closes the file."""
+        if self.bar is not None:
+            self.bar.stop()
+        log.removeHandler(self.handler)
+        level, log.propagate = self.before
+        log.setLevel(level)
+        if self.file is not None:
+            self.file.close()
 
     def say(self, text: str) -> None:
         """One line or several, for everybody; nothing on processes other than the first."""
@@ -110,19 +116,6 @@ class Console:
         """Moves the bar, where there is one."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, loss=f"{loss:.4f}", eta=duration(eta_s))
-
-    def close(self) -> None:
-        """Takes the bar away, gives logging back, closes the file. A second time does nothing."""
-        if self.closed:
-            return
-        self.closed = True
-        if self.bar is not None:
-            self.bar.stop()
-        log.removeHandler(self.handler)
-        level, log.propagate = self.before
-        log.setLevel(level)
-        if self.file is not None:
-            self.file.close()
 
     def _write(self, text: str) -> None:
         text = _CONTROL.sub("", text)

@@ -51,11 +51,11 @@ class Metrics:
     def __init__(
         self,
         folder: Path | None,
-        resume_step: int | None = None,
+        resume_step: int = 0,
         reporting: Reporting = Reporting(),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """After a resume at a step, what was written of later steps is dropped; None or 0 starts anew.
+        """After a resume at a step, what was written of later steps is dropped; 0 starts anew.
 
         `config` is what trackers show beside the run. Raises: ConfigError if a tracker is not installed or refuses.
         """
@@ -63,7 +63,7 @@ class Metrics:
         self.held: tuple[int, set[str]] = (0, set())
         if folder is None:
             return
-        step = resume_step or 0
+        step = resume_step
         self.held = (step, _names(folder / "metrics.jsonl", step) if step else set())
         before = _last_step(folder / "metrics.jsonl") if step else 0
         if reporting.wandb is not None:

@@ -88,22 +88,24 @@ def load_data(config: Config) -> Corpus:
         raise DataError(str(error)) from error
 
 
+def mesh_text(program: Program) -> str:
+    """Its axes that split something."""
+    return " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
+
+
 def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, steps: int, verbose: bool) -> str:
     """What is about to run, in the words of the config."""
-    sizes = dict(program.mesh.shape)
-    mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
     device = program.mesh.devices.flat[0]
-    dtype, why = config.precision.resolve(device)
-    dtype = jnp.dtype(dtype).name
+    dtype, why = program.compute.name, config.precision.resolve(device)[1]
     weights = flatten(program.model.weights)
     parameters = sum(math.prod(w.shape) for w in weights.values())
-    count = configs.microbatches(config, sizes)
+    count = configs.microbatches(config, dict(program.mesh.shape))
     tokens = config.batch.global_size * config.batch.sequence_length
     epochs = steps * config.batch.global_size / corpus.train_windows(config.batch.sequence_length)
     peak = peak_flops(device.device_kind, dtype)
     return "\n".join(
         [
-            f"mesh        {mesh} ({program.mesh.size} x {device.device_kind}, "
+            f"mesh        {mesh_text(program)} ({program.mesh.size} x {device.device_kind}, "
             f"{type(program.partition).__name__}, zero={config.layout.zero}, "
             f"sequence_parallel={config.layout.sequence_parallel})",
             f"precision   compute {dtype} ({why}), parameters {config.precision.params}",
@@ -115,7 +117,7 @@ def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, step
             f"run folder  {workdir} ({_saves(config)})",
             "MFU         "
             + (f"of {peak / 1e12:.0f} TFLOP/s" if peak else f"n/a: no peak is known for {device.device_kind}, {dtype}"),
-            program.layout.show(weights, jnp.dtype(program.stored).itemsize, verbose),
+            program.layout.show(weights, program.stored.itemsize, verbose),
         ]
     )
 

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -255,5 +254,5 @@ def _machine(config: Config, program: Program) -> Machine:
     return Machine(
         devices=program.mesh.size,
         flops_per_token=reports.flops_per_token(program.model, config.batch.sequence_length),
-        peak_flops=reports.peak_flops(device.device_kind, jnp.dtype(program.compute).name),
+        peak_flops=reports.peak_flops(device.device_kind, program.compute.name),
     )

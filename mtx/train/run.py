@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 from mtx import config as configs
+from mtx import processes
 from mtx.checkpoint import Store
 from mtx.config import Cluster, Loaded
 from mtx.errors import ConfigError, NumericsError, Stopped, UserError
@@ -146,10 +147,7 @@ def connect(cluster: Cluster | None) -> None:
 
 def alike(cluster: Cluster, loaded: Loaded, data: str, workdir: Path, mark: str) -> None:
     """Raises: ConfigError if this process has another config, other data or another run folder than the first."""
-    from jax._src import distributed
-
-    client = distributed.global_state.client
-    assert client is not None
+    client = processes.client()
     mine = json.dumps({"config": configs.dump(loaded.config), "data": data})
     if cluster.process == 0:
         client.key_value_set("mtx/alike", mine)

@@ -23,7 +23,7 @@ from mtx.config import Config, Loaded
 from mtx.errors import CheckpointError, ConfigError, DataError, DeviceError
 from mtx.mesh import MeshConfig
 from mtx.step import Program, TrainState
-from mtx.train.build import build, load_data
+from mtx.train.build import build, load_data, mesh_text
 
 log = logging.getLogger("mtx")
 
@@ -97,7 +97,7 @@ def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept
         if found.skipped and store.rule is not None:
             store.quarantine(found.skipped)
         about = found.manifest.about
-        saved_on = about["mesh"] if about["mesh"] != _mesh(program) else "the same mesh"
+        saved_on = about["mesh"] if about["mesh"] != mesh_text(program) else "the same mesh"
         log.info("resumed     step %d, %s tokens (saved on %s)", found.step, f"{about['tokens']:,}", saved_on)
         return Start(state, found.step, about["evaluated"], about["best_val_loss"])
     state = program.init(config.seed)
@@ -204,17 +204,12 @@ def about(
         "data": corpus.digest,
         "source": corpus.source,
         "tokenizer": corpus.tokenizer.digest,
-        "mesh": _mesh(program),
+        "mesh": mesh_text(program),
         "processes": jax.process_count(),
         "versions": configs.versions(),
         "evaluated": evaluated,
         "best_val_loss": best_val_loss,
     }
-
-
-def _mesh(program: Program) -> str:
-    sizes = [f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1]
-    return " x ".join(sizes) or "one device"
 
 
 @dataclass(frozen=True)
@@ -228,10 +223,10 @@ class Opened:
     step: int
 
 
-def open_run(folder: Path, words: Sequence[str] = (), step: int | None = None) -> Opened:
+def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
     """The weights of a run's newest checkpoint that verifies (or of one step), on this machine's devices.
 
-    The mesh is the run's where it fits the devices, else all of them as `data`; `words` override fields.
+    The mesh is the run's where it fits the devices, else one device; `words` override fields.
     Raises: ConfigError, DeviceError, DataError, CheckpointError.
     """
     config = configs.override(read_config(folder), words)
@@ -242,7 +237,7 @@ def open_run(folder: Path, words: Sequence[str] = (), step: int | None = None) -
         count = 1
     configs.check(config, count)
     corpus = load_data(config)
-    program = build(config, jax.devices()[:count], config.steps)
+    program = build(config, jax.devices()[:count])
     found, params = weights(folder, program, step)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
         raise DataError(

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import jax
 
+from mtx import processes
+
 log = logging.getLogger("mtx")
 
 SAVE = "save"
@@ -67,7 +69,7 @@ class Stopping:
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> "Stopping":
-        self._client = None if self._alone else _client()
+        self._client = None if self._alone else processes.client()
         # The C handler writes the number to this pipe even while the main thread is inside a compiler.
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
@@ -184,9 +186,9 @@ class Stopping:
         with self._changed:
             self._meeting, self._after = why, None
             ticks = self._ticks if self._begun else 0
-        processes = range(jax.process_count())
+        everybody = range(jax.process_count())
         self._client.key_value_set(f"{prefix}/at/{jax.process_index()}", str(ticks))
-        said = [int(self._client.blocking_key_value_get(f"{prefix}/at/{p}", MEETING_MS)) for p in processes]
+        said = [int(self._client.blocking_key_value_get(f"{prefix}/at/{p}", MEETING_MS)) for p in everybody]
         if why != SAVE and max(said) == 0:
             self._leave_together(prefix)
             self._nothing_to_save(why)
@@ -214,13 +216,6 @@ def leave(code: int) -> None:
     if sys.stderr.isatty():
         print("\x1b[?25h", end="", file=sys.stderr, flush=True)
     os._exit(code)
-
-
-def _client():
-    """JAX's key-value store, which has no public name."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
 
 
 @contextlib.contextmanager
