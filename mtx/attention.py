@@ -1,10 +1,9 @@
-"""Attention: builds queries, keys and values, picks the kernel, says which, refuses what was demanded in vain."""
+"""Attention: builds queries, keys and values and their mask; `pallas_kernels.attention` picks what runs it."""
 
-import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,20 @@ from jax.nn import initializers
 
 from mtx.errors import ConfigError, Problem
 from mtx.layers import Context, Rotary, add_bias, vector, weight
-from mtx.spmd import ManualDoors
-from pallas_kernels.masks import Mask
-from pallas_kernels.plain_attention import cached_attention, plain_attention
-
-log = logging.getLogger("mtx")
-
-BackendName = Literal["auto", "plain", "cudnn", "splash"]
+from pallas_kernels.attention import (
+    BackendName,
+    Chip,
+    Dropout,
+    Question,
+    Scores,
+    Unable,
+    cached_attention,
+    choose,
+    flash_attention,
+    with_sinks,
+)
+from pallas_kernels.masks import Blocks, Causal, Documents, Full, Mask, Window, bind
+from pallas_kernels.patterns import BigBird, Chosen, Fixed, LocalGlobal, Longformer, Strided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +39,17 @@ class AttentionConfig:
     """Key and value heads K; None: as many as query heads."""
     head_size: int | None = None
     """Size H of a head; None: width / heads."""
+    window: int | None = None
+    """A token sees only so many nearest tokens on a side, itself among them; None: all."""
+    pattern: Fixed | Strided | LocalGlobal | Longformer | BigBird | Chosen | None = None
+    """Block-sparse attention: which blocks of keys each block of queries sees (`pallas_kernels.patterns`)."""
+    softcap: float | None = None
+    """c: scores s become c tanh(s / c) (Gemma 2)."""
+    sinks: bool = False
+    """A learned logit per head that takes attention and gives nothing (gpt-oss)."""
     backend: BackendName = "auto"
-    """auto: the first of cudnn (NVIDIA), splash (TPU), plain that can do exactly what is asked."""
+    """auto: the first of cudnn and hopper (NVIDIA), splash and tpu (TPU), plain (few tokens on a CPU), chunked that can
+    do exactly what is asked. A named one that cannot is refused."""
 
     def check(self) -> Iterator[Problem]:
         if self.heads < 1:
@@ -42,8 +57,23 @@ class AttentionConfig:
         elif self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             legal = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
             yield "kv_heads", f"must divide heads={self.heads}; legal: {legal}"
-        if self.head_size is not None and self.head_size < 1:
-            yield "head_size", "must be at least 1"
+        for field in ("head_size", "window"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                yield field, "must be at least 1"
+        if self.softcap is not None and self.softcap <= 0:
+            yield "softcap", "must be positive; None has no cap"
+
+    def mask(self, *, causal: bool, documents: bool) -> Mask:
+        """What a token of these layers sees."""
+        mask: Mask = Full()
+        if self.window is not None:
+            mask = Window(self.window - 1, 0 if causal else self.window - 1)
+        elif causal:
+            mask = Causal()
+        for part, there in ((Documents(), documents), (self.pattern and Blocks(self.pattern), self.pattern)):
+            if there:
+                mask = part if mask == Full() else mask & part
+        return mask
 
 
 class Cache(NamedTuple):
@@ -86,6 +116,7 @@ class Attention(nnx.Module):
         self.qkv_DKGH = weight(rngs, "DKGH", (D, K, G, H), initializers.normal(std))
         self.bias_KGH = vector(rngs, "KGH", (K, G, H), 0.0) if bias else None
         self.out_NHD = weight(rngs, "NHD", (N, H, D), initializers.normal(out_std))
+        self.sink_N = vector(rngs, "N", (N,), 0.0) if config.sinks else None
         self.out_bias_D = vector(rngs, "D", (D,), 0.0) if bias else None
 
     def __call__(
@@ -96,8 +127,11 @@ class Attention(nnx.Module):
         if cache is not None:
             assert context.seen_BTS is not None
             cache = cache.write(context.layer, context.slot, k_BTKH, v_BTKH)
-            scale = q_BTNH.shape[-1] ** -0.5
-            out_BTNH = cached_attention(q_BTNH, *cache.read(context.layer), context.seen_BTS, scale=scale)
+            out_BTNH, lse_BNT = cached_attention(
+                q_BTNH, *cache.read(context.layer), context.seen_BTS, _scores(self.config, q_BTNH)
+            )
+            if self.sink_N is not None:
+                out_BTNH, _ = with_sinks(out_BTNH, lse_BNT, self.sink_N[...])
         else:
             out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, context)
         return add_bias(context.doors.project("BTNH,NHD->BTD", out_BTNH, self.out_NHD), self.out_bias_D), cache
@@ -115,123 +149,82 @@ class Attention(nnx.Module):
         return q_BTNH, k_BTKH, v_BTKH
 
     def _attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, context: Context) -> jax.Array:
-        def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-            return attention(q_BTNH, k_BTKH, v_BTKH, context, dropout=self.dropout, backend=self.config.backend)
+        """out_BTNH, where shapes are one device's: the mask is bound and the backend chosen in there."""
+        operands = [("BTNH", q_BTNH), ("BSKH", k_BTKH), ("BSKH", v_BTKH)]
+        given = {"segments": ("BT", context.segment_BT)} if context.mask.has(Documents) else {}
+        if self.sink_N is not None:
+            given["sinks"] = ("N", self.sink_N[...])
+        if dropped := self.dropout > 0.0 and context.key_B is not None:
+            words = context.key("attention")
+            given |= {"word0": ("B", words[0]), "word1": ("B", words[1])}
+            given["head"] = ("N", context.doors.index("N", q_BTNH, 2))
+        chip, scores = Chip.of(context.doors.device), _scores(self.config, q_BTNH)
 
-        if self.remat:
-            attend = jax.checkpoint(attend, prevent_cse=context.doors.unrolled)
-        return attend(q_BTNH, k_BTKH, v_BTKH)
+        def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *values: jax.Array) -> jax.Array:
+            named = dict(zip(given, values, strict=True))
+            dropout = Dropout(self.dropout, (named["word0"], named["word1"]), named["head"]) if dropped else None
+            mask = bind(context.mask, q_BTNH.shape[1], segments=named.get("segments"))
+            with refusing():
+                return flash_attention(
+                    q_BTNH,
+                    k_BSKH,
+                    v_BSKH,
+                    mask,
+                    scale=scores.scale,
+                    softcap=scores.softcap,
+                    sinks_N=named.get("sinks"),
+                    dropout=dropout,
+                    backend=self.config.backend,
+                    chip=chip,
+                    remat=self.remat,
+                )
+
+        letters, arrays = zip(*operands, *given.values(), strict=True)
+        return context.doors.local(attend, letters, "BTNH", *arrays)
 
 
-def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, context: Context, *, dropout: float, backend: BackendName
-) -> jax.Array:
-    """Scaled dot-product attention under `context.mask` by the backend that `choose` names."""
-    rate = dropout if context.key_B is not None else 0.0
-    H = q_BTNH.shape[-1]
-    manual = isinstance(context.doors, ManualDoors)
-    chosen = choose(backend, context.doors.platform, str(q_BTNH.dtype), H, q_BTNH.shape[1], context.mask, rate, manual)
-    if chosen == "cudnn":
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, is_causal=context.mask.causal, implementation="cudnn"
-        )
-    if chosen == "splash":
-        return _splash(q_BTNH, k_BSKH, v_BSKH, context.mask)
-    return plain_attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        context.mask,
-        context.segment_BT,
-        scale=H**-0.5,
-        dropout=rate,
-        key_B=context.key("attention") if rate else None,
-        head_N=context.doors.index("N", q_BTNH, 2) if rate else None,
-    )
+def _scores(config: AttentionConfig, q_BTNH: jax.Array) -> Scores:
+    return Scores(q_BTNH.shape[-1] ** -0.5, config.softcap)
 
 
-@lru_cache
-def choose(
-    backend: BackendName, platform: str, dtype: str, head_size: int, time: int, mask: Mask, dropout: float, manual: bool
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What no backend, or not the demanded one, can do is the config's mistake."""
+    try:
+        yield
+    except Unable as error:
+        raise ConfigError(f"model.attention.{error}") from None
+
+
+def choose_backend(
+    config: AttentionConfig,
+    chip: Chip,
+    dtype: str,
+    head_size: int,
+    mask: Mask,
+    *,
+    rows: int,
+    time: int,
+    dropout: float,
 ) -> BackendName:
-    """The backend to run; logged once per distinct question.
+    """The backend that a call of these shapes will take, before anything is traced. Says which, once.
 
     Raises: ConfigError if a demanded backend cannot do exactly what is asked, naming why and one that can.
     """
-    reasons: dict[BackendName, str | None] = {
-        "cudnn": _cudnn_cannot(platform, dtype, head_size, mask, dropout, manual),
-        "splash": _splash_cannot(platform, head_size, time, mask, dropout, manual),
-        "plain": None,
-    }
-    if backend != "auto":
-        if reason := reasons[backend]:
-            raise ConfigError(
-                f"model.attention.backend={backend} cannot do this: {reason}; use model.attention.backend=plain, "
-                "or auto, which takes the first that can."
-            )
-        return backend
-    able: list[BackendName] = [name for name, reason in reasons.items() if reason is None]
-    why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items() if reason)
-    loud = able[0] == "plain" and platform != "cpu"
-    _say_once(
-        logging.WARNING if loud else logging.INFO,
-        f"attention: {'plain XLA' if able[0] == 'plain' else able[0]}{f' ({why})' if why else ''}",
+    asked = Question(
+        chip=chip,
+        dtype=dtype,
+        mask=mask,
+        rows=rows,
+        queries=time,
+        keys=time,
+        heads=config.heads,
+        kv_heads=config.kv_heads or config.heads,
+        head_size=head_size,
+        value_size=head_size,
+        softcap=config.softcap is not None,
+        dropout=dropout > 0,
+        lse=config.sinks,
     )
-    return able[0]
-
-
-@lru_cache
-def _say_once(level: int, message: str) -> None:
-    log.log(level, message)
-
-
-def _cudnn_cannot(platform: str, dtype: str, head_size: int, mask: Mask, dropout: float, manual: bool) -> str | None:
-    if platform not in ("gpu", "cuda"):
-        return "it needs an NVIDIA GPU"
-    if not manual:
-        return "it runs inside partition=Manual"
-    if dtype not in ("bfloat16", "float16"):
-        return f"it needs precision.compute=bfloat16, not {dtype}"
-    if head_size % 8 or head_size > 128:
-        return f"it needs a head size that is a multiple of 8 up to 128, not {head_size}"
-    return _unmasked(mask, dropout)
-
-
-def _splash_cannot(platform: str, head_size: int, time: int, mask: Mask, dropout: float, manual: bool) -> str | None:
-    if platform != "tpu":
-        return "it needs a TPU"
-    if not manual:
-        return "it runs inside partition=Manual"
-    if head_size % 128 or time % 128:
-        return f"it needs a head size and a length that are multiples of 128, not {head_size} and {time}"
-    return _unmasked(mask, dropout)
-
-
-def _unmasked(mask: Mask, dropout: float) -> str | None:
-    if mask.documents:
-        return "it does not see document borders (data.isolate_documents=false has none)"
-    return "it has no dropout" if dropout else None
-
-
-def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    _, T, N, H = q_BTNH.shape
-    one = masks.CausalMask((T, T)) if mask.causal else masks.FullMask((T, T))
-    block = next(size for size in (512, 256, 128) if T % size == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    heads = masks.MultiHeadMask([one] * N)
-    kernel = splash.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
-    out_BNTH = jax.vmap(kernel)(q, k, v)
-    return jnp.swapaxes(out_BNTH, 1, 2)  # pyrefly: ignore[bad-argument-type]: a pair only with save_residuals
+    with refusing():
+        return choose(config.backend, asked)

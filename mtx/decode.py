@@ -22,6 +22,7 @@ from mtx.layers import Learned
 from mtx.layout import RESIDUAL_TIME, BoundLayout
 from mtx.spmd import Doors, Params
 from mtx.step import Program
+from pallas_kernels.masks import Mask, sees
 from pallas_kernels.threefry import threefry2x32
 
 NEVER = -1e30
@@ -200,7 +201,7 @@ def _decode(
 
     def step(now: Loop) -> Loop:
         position_B = jnp.maximum(prompts.length_B - 1, 0) + now.step
-        slot, seen_BTS = filled + now.step, _seen(prompts.length_B, filled, now.step, most)
+        slot, seen_BTS = filled + now.step, _seen(model.mask(False), prompts.length_B, filled, now.step, most, doors)
         h_BTD, cache = model.cached(params, now.token_B[:, None], position_B[:, None], seen_BTS, slot, now.cache, doors)
         logits_BV = _next_logits(program, params, h_BTD, doors)[:, :vocab_size]
         token_B = draw(sampling, logits_BV, seed, prompts.number_B, position_B + 1)
@@ -232,16 +233,24 @@ def _prefill(program: Program, params: Params, prompts: Prompts, cache: Cache, d
         return cache
     i_T, last_B1 = jnp.arange(time), jnp.maximum(prompts.length_B - 1, 0)[:, None]
     position_BT = jnp.minimum(i_T[None], last_B1)  # padding may reach beyond a learned table
-    seen_BTS = (i_T[:, None] >= jnp.arange(slots)[None, :])[None]
+    s_S = jnp.arange(slots)
+    seen_BTS = ((i_T[:, None] >= s_S) & sees(program.model.mask(False), i_T[:, None], s_S, (slots, slots)))[None]
     _, cache = program.model.cached(params, prompts.tokens_BT, position_BT, seen_BTS, 0, cache, doors)
     return cache
 
 
-def _seen(length_B: jax.Array, filled: int, step: jax.Array, most: int) -> jax.Array:
-    """Slots that a row's new token sees, bool_BTS with one query: its prompt, what was made of it, itself."""
-    s_S = jnp.arange(filled + most)[None]
-    prompt = s_S < jnp.minimum(length_B - 1, filled)[:, None]
-    return (prompt | ((s_S >= filled) & (s_S <= filled + step)))[:, None]
+def _seen(mask: Mask, length_B: jax.Array, filled: int, step: jax.Array, most: int, doors: Doors) -> jax.Array:
+    """Slots that a row's new token sees, bool_BTS with one query: of its prompt, what was made of it, and itself."""
+    size = filled + most
+
+    def seen(length_B: jax.Array, step: jax.Array) -> jax.Array:
+        s_S = jnp.arange(size)
+        own_B1 = jnp.maximum(length_B - 1, 0)[:, None]  # the position of the first token that is made of each row
+        written_BS = (s_S < jnp.minimum(own_B1, filled)) | ((s_S >= filled) & (s_S <= filled + step))
+        position_BS = jnp.where(s_S < filled, s_S, own_B1 + s_S - filled)
+        return (written_BS & sees(mask, own_B1 + step, position_BS, (size, size)))[:, None]
+
+    return doors.local(seen, ("B", ""), "BTS", length_B, jnp.asarray(step))
 
 
 def _next_logits(program: Program, params: Params, h_BTD: jax.Array, doors: Doors) -> jax.Array:

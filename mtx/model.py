@@ -263,7 +263,8 @@ class Model:
         return ends.norm(x_BTD), cache
 
     def mask(self, documents: bool) -> Mask:
-        return Mask(causal=self.config.causal, documents=documents)
+        """What a token of every layer sees."""
+        return self.config.attention.mask(causal=self.config.causal, documents=documents)
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ On one device both do nothing but multiply.
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -67,8 +67,8 @@ class Doors(abc.ABC):
 
     layout: BoundLayout
     compute: Any
-    platform: str
-    """Of the mesh's devices, present or not: cpu, gpu, tpu."""
+    device: jax.Device
+    """One of the mesh's, present or not; all are of a kind."""
     unrolled: bool = False
     """Whether layers are straight-line code, in which XLA would merge what remat repeats."""
     global_shapes = False
@@ -151,6 +151,10 @@ class Doors(abc.ABC):
     @abc.abstractmethod
     def local_einsum(self, equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
         """An einsum without communication but for batch sums that the lowering may do at once."""
+
+    @abc.abstractmethod
+    def local(self, f: Callable[..., jax.Array], letters: Sequence[str], result: str, *arrays: jax.Array) -> jax.Array:
+        """f of what each device holds, where it communicates nothing: for kernels, which XLA cannot split."""
 
     @abc.abstractmethod
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
@@ -282,6 +286,9 @@ class ManualDoors(Doors):
     def local_einsum(self, equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
         return jnp.einsum(equation, x, y, preferred_element_type=dtype)
 
+    def local(self, f: Callable[..., jax.Array], letters: Sequence[str], result: str, *arrays: jax.Array) -> jax.Array:
+        return f(*arrays)
+
 
 @dataclass(frozen=True)
 class CompiledDoors(Doors):
@@ -328,6 +335,11 @@ class CompiledDoors(Doors):
         else:
             spec = self.layout.activation(result)
         return jnp.einsum(equation, x, y, preferred_element_type=dtype, out_sharding=spec)
+
+    def local(self, f: Callable[..., jax.Array], letters: Sequence[str], result: str, *arrays: jax.Array) -> jax.Array:
+        specs = tuple(map(self.layout.activation, letters))
+        # Without replication tracking, which kernels lack. A shared input's gradient is summed all the same.
+        return jax.shard_map(f, in_specs=specs, out_specs=self.layout.activation(result), check_vma=False)(*arrays)
 
     def embed(self, token_BT: jax.Array, table_VD: nnx.Param) -> jax.Array:
         table = self.gather_for_use(table_VD).astype(jnp.float32)

@@ -150,7 +150,7 @@ class Program:
         return doors(
             layout=self.layout,
             compute=self.compute,
-            platform=self.mesh.devices.flat[0].platform,
+            device=self.mesh.devices.flat[0],
             unrolled=config.unroll == config.layers,
         )
 

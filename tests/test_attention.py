@@ -1,74 +1,398 @@
-"""Which backend runs, and what is refused."""
+"""The contract of attention, by every backend that runs anywhere; which backend is taken, and what is refused."""
 
 import dataclasses
+import itertools
+from typing import NamedTuple
 
 import aot
+import attention_oracle as oracle
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toys
 
-from mtx.attention import AttentionConfig, _say_once, choose
+from mtx.attention import AttentionConfig, choose_backend
 from mtx.errors import ConfigError
-from pallas_kernels.masks import Mask
+from pallas_kernels import attention as door
+from pallas_kernels.attention import LSE, OUT, Chip, Dropout, Unable, chunked, flash_attention
+from pallas_kernels.attention.flash import Noise
+from pallas_kernels.masks import Blocks, Causal, Documents, Full, Prefix, Window, bind
+from pallas_kernels.patterns import BigBird, LocalGlobal
 
-CAUSAL, DOCUMENTS = Mask(causal=True), Mask(causal=True, documents=True)
-
-
-@pytest.mark.parametrize(
-    ("platform", "dtype", "head", "mask", "dropout", "manual", "wanted"),
-    [
-        ("cpu", "float32", 64, CAUSAL, 0.0, True, "plain"),
-        ("gpu", "bfloat16", 64, CAUSAL, 0.0, True, "cudnn"),
-        ("gpu", "bfloat16", 64, CAUSAL, 0.0, False, "plain"),
-        ("gpu", "float32", 64, CAUSAL, 0.0, True, "plain"),
-        ("gpu", "bfloat16", 64, DOCUMENTS, 0.0, True, "plain"),
-        ("gpu", "bfloat16", 64, CAUSAL, 0.1, True, "plain"),
-        ("tpu", "bfloat16", 128, CAUSAL, 0.0, True, "splash"),
-        ("tpu", "bfloat16", 128, CAUSAL, 0.0, False, "plain"),
-        ("tpu", "bfloat16", 64, CAUSAL, 0.0, True, "plain"),
-        ("tpu", "bfloat16", 128, DOCUMENTS, 0.0, True, "plain"),
-    ],
+CPU = Chip("cpu")
+H200, A100, T4 = (
+    Chip("gpu", "NVIDIA H200", 9.0),
+    Chip("gpu", "NVIDIA A100-SXM4-80GB", 8.0),
+    Chip("gpu", "Tesla T4", 7.5),
 )
-def test_the_first_able_backend_is_taken(platform, dtype, head, mask, dropout, manual, wanted):
-    assert choose("auto", platform, dtype, head, 256, mask, dropout, manual) == wanted
+V5P = Chip("tpu", "TPU v5")
+PACKED = Causal() & Documents()
+MASKS = {
+    "full": Full(),
+    "causal": Causal(),
+    "window": Window(5, 2),
+    "causal window": Causal() & Window(100),
+    "packed": PACKED,
+    "bidirectional": Documents(),
+    "prefix": (Causal() | Prefix()) & Documents(),
+    "blocks": Blocks(LocalGlobal(block=32, window=0)) & Causal(),
+    "either": Window(3) | Prefix(),
+    "bigbird packed": Blocks(BigBird(block=16, random=1)) & PACKED,
+}
 
 
-@pytest.mark.parametrize(
-    ("backend", "platform", "mask", "dropout", "why"),
-    [
-        ("cudnn", "cpu", CAUSAL, 0.0, "NVIDIA GPU"),
-        ("cudnn", "gpu", DOCUMENTS, 0.0, "document borders"),
-        ("cudnn", "gpu", CAUSAL, 0.1, "no dropout"),
-        ("splash", "gpu", CAUSAL, 0.0, "TPU"),
-        ("splash", "tpu", DOCUMENTS, 0.0, "document borders"),
-    ],
+class Case(NamedTuple):
+    backend: str
+    mask: str
+    lengths: tuple[int, int]
+    sizes: tuple[int, int]
+    """H, U"""
+    heads: tuple[int, int]
+    """N, K"""
+    extra: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return "-".join(str(x).replace(" ", "") for x in self)
+
+
+def pairwise(factors: tuple[tuple, ...]) -> list[Case]:
+    """A greedy cover of all pairs of values."""
+    cases = [Case(*values) for values in itertools.product(*factors)]
+    missing = {pair for case in cases for pair in itertools.combinations(enumerate(case), 2)}
+    chosen, random = [], np.random.default_rng(0)
+    while missing:
+        some = [cases[i] for i in random.integers(0, len(cases), 300)]
+        best = max(some, key=lambda case: len(missing & {*itertools.combinations(enumerate(case), 2)}))
+        chosen.append(best)
+        missing -= {*itertools.combinations(enumerate(best), 2)}
+    return chosen
+
+
+FACTORS = (
+    ("plain", "chunked"),
+    tuple(MASKS),
+    ((1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (129, 129), (129, 65), (1, 63), (64, 129)),
+    ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)),
+    ((2, 2), (4, 1), (6, 2)),
+    ("", "softcap", "sinks", "dropout"),
+    ("float32", "bfloat16"),
 )
-def test_a_demanded_backend_refuses_what_it_cannot_do(backend, platform, mask, dropout, why):
-    with pytest.raises(ConfigError, match=rf"model.attention.backend={backend} cannot do this: .*{why}.*plain"):
-        choose(backend, platform, "bfloat16", 128, 256, mask, dropout, True)
+DEFAULT = pairwise(FACTORS)
 
 
-def test_plain_attention_is_said_loudly_on_accelerators(caplog: pytest.LogCaptureFixture):
-    choose.cache_clear()
-    _say_once.cache_clear()
-    with caplog.at_level("INFO", "mtx"):
-        choose("auto", "gpu", "bfloat16", 64, 128, DOCUMENTS, 0.0, True)
-        choose("auto", "gpu", "bfloat16", 64, 128, DOCUMENTS, 0.0, True)
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert (
-        "plain XLA (not cudnn: it does not see document borders (data.isolate_documents=false has none); not"
-        in record.message
+def inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    (T, S), (H, U), (N, K), B = case.lengths, case.sizes, case.heads, 2
+    shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, U), "dout": (B, T, N, U), "dlse": (B, N, T)}
+    arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays["sinks"] = random.standard_normal(N).astype(np.float32)
+    return arrays
+
+
+def bound(case: Case, seed: int = 0):
+    """Documents of every length from 1, borders anywhere; padding at the end of the first row."""
+    random, (T, S) = np.random.default_rng(seed), case.lengths
+    segments, key_segments = (1 + np.cumsum(random.random((2, n)) < 0.1, axis=1) for n in (T, S))
+    segments[0, T - T // 4 :] = 0
+    prefix = np.maximum.accumulate(np.where(random.random((2, T)) < 0.1, np.minimum(np.arange(T) + 9, S), 0), axis=1)
+    given = {} if T == S else {"key_segments": jnp.asarray(key_segments)}
+    return bind(MASKS[case.mask], T, S, segments=jnp.asarray(segments), prefix=jnp.asarray(prefix), **given)
+
+
+SOFTCAP, RATE, SINGLE = 3.0, 0.3, {"out", "lse"}
+
+
+def check(case: Case) -> None:
+    given, mask = inputs(case), bound(case)
+    dtype, N, (T, S) = jnp.dtype(case.dtype), case.heads[0], case.lengths
+    rounded = {name: jnp.asarray(x, dtype if name in ("q", "k", "v", "dout") else None) for name, x in given.items()}
+    words = (jnp.asarray([3, 4], jnp.uint32), jnp.asarray([5, 6], jnp.uint32))
+    dropout = Dropout(RATE, words, jnp.arange(N)) if case.extra == "dropout" else None
+    softcap = SOFTCAP if case.extra == "softcap" else None
+    keep = None
+    if dropout is not None:
+        noise = Noise(words, jnp.arange(N), jnp.arange(T), jnp.arange(S))
+        keep = np.asarray(noise.keep(RATE, jnp.arange(T), jnp.arange(S), N // case.heads[1])).reshape(2, N, T, S)
+    dense = mask.dense()
+    wanted = oracle.attend(
+        *(np.asarray(rounded[name], np.float64) for name in ("q", "k", "v")),
+        np.ones((1, T, S), bool) if dense is None else np.asarray(dense),
+        np.asarray(rounded["dout"], np.float64),
+        given["dlse"],
+        scale=case.sizes[0] ** -0.5,
+        softcap=softcap,
+        sinks_N=given["sinks"] if case.extra == "sinks" else None,
+        keep_BNTS=keep,
+        dropout=RATE if keep is not None else 0.0,
     )
+
+    def run(backend: str, dtype) -> list[np.ndarray]:
+        def attend(q, k, v, sinks):
+            return flash_attention(
+                q,
+                k,
+                v,
+                mask,
+                softcap=softcap,
+                sinks_N=sinks if case.extra == "sinks" else None,
+                dropout=dropout,
+                backend=backend,
+                sizes=chunked.Sizes(32, 48) if backend == "chunked" else None,
+                with_lse=True,
+            )
+
+        @jax.jit
+        def whole(q, k, v, sinks, dout, dlse):
+            found, back = jax.vjp(attend, q, k, v, sinks)
+            return *found, *back((dout, dlse))
+
+        cast = [rounded[name].astype(dtype) for name in ("q", "k", "v")]
+        with jax.default_matmul_precision("highest"):
+            out = whole(*cast, rounded["sinks"], rounded["dout"].astype(dtype), rounded["dlse"])
+        return [np.asarray(x, np.float64) for x in out]
+
+    wanted_lse = np.where(np.isfinite(wanted.lse_BNT), wanted.lse_BNT, -np.inf)
+    found, simple = run(case.backend, dtype), run("plain", jnp.bfloat16)
+    for name, x, y, z in zip(wanted._fields, found, simple, wanted._replace(lse_BNT=wanted_lse), strict=True):
+        if name == "dsinks_N" and case.extra != "sinks":
+            continue
+        bound_ = 1e-5 if case.dtype == "float32" else 2 * oracle.error(y, z) + 1e-5
+        assert oracle.error(x, z) <= bound_, f"{name}: off by {oracle.error(x, z):.1e}, more than {bound_:.1e}"
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=str)
+def test_contract(case: Case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(300))
+def test_contract_at_random(seed: int):
+    random = np.random.default_rng(seed)
+    check(Case(*(values[random.integers(len(values))] for values in FACTORS)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", MASKS)
+def test_contract_of_a_thousand(mask: str):
+    check(Case("chunked", mask, (1000, 1000), (64, 64), (4, 2), "", "bfloat16"))
+
+
+LONG = Case("chunked", "packed", (96, 96), (64, 64), (4, 2), "", "float32")
+
+
+@pytest.mark.parametrize("backend", ["plain", "chunked"])
+def test_no_document_touches_another(backend: str):
+    """Bit by bit: tokens of the second document change, those of the first and third do not."""
+    given = {name: jnp.asarray(x) for name, x in inputs(LONG).items()}
+    segments = jnp.asarray(np.repeat([[1, 2, 3]], [40, 30, 26], axis=1).repeat(2, 0))
+    mask, sizes = bind(PACKED, 96, segments=segments), chunked.Sizes(32, 32) if backend == "chunked" else None
+
+    @jax.jit
+    def run(q, k, v, dout):
+        attend = lambda *x: flash_attention(*x, mask, backend=backend, sizes=sizes)  # noqa: E731
+        out, back = jax.vjp(attend, q, k, v)
+        return out, *back(dout)
+
+    arrays = [given[name] for name in ("q", "k", "v", "dout")]
+    before = run(*arrays)
+    after = run(*(x.at[:, 40:70].multiply(3.0) for x in arrays))
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x[:, :40], y[:, :40])
+        np.testing.assert_array_equal(x[:, 70:], y[:, 70:])
+        assert (x[:, 40:70] != y[:, 40:70]).any()
+
+
+@pytest.mark.parametrize("backend", ["plain", "chunked"])
+def test_keys_that_nobody_sees_may_hold_anything(backend: str):
+    given = {name: jnp.asarray(x) for name, x in inputs(LONG._replace(lengths=(64, 96))).items()}
+    mask, sizes = bind(Causal(), 64, 96), chunked.Sizes(32, 40) if backend == "chunked" else None
+
+    def run(k, v):
+        attend = lambda *x: flash_attention(*x, mask, backend=backend, sizes=sizes, with_lse=True)  # noqa: E731
+        found, back = jax.vjp(attend, given["q"], k, v)
+        return *found, *back((given["dout"], given["dlse"]))
+
+    clean = run(given["k"], given["v"])
+    spoiled = run(*(given[name].at[:, 64:].set(jnp.nan) for name in ("k", "v")))
+    for x, y in zip(clean, spoiled, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert (spoiled[3][:, 64:] == 0).all() and (spoiled[4][:, 64:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["plain", "chunked"])
+def test_large_and_equal_scores(backend: str):
+    q, k, v = (jnp.asarray(inputs(LONG)[name]) for name in ("q", "k", "v"))
+    mask = bind(Causal(), 96)
+    huge = flash_attention(500 * q, k, v, mask, backend=backend)
+    assert np.isfinite(huge).all()
+    same = flash_attention(q, jnp.zeros_like(k), v, mask, backend=backend)
+    mean = np.cumsum(v, axis=1) / np.arange(1, 97)[:, None, None]
+    np.testing.assert_allclose(same, np.repeat(mean, 2, axis=2), atol=1e-5)
+
+
+def test_explicit_positions_are_shards_of_a_ring():
+    """Two shards of queries and keys, zig-zag, merged by their lse, are the whole."""
+    given = {name: jnp.asarray(x) for name, x in inputs(LONG).items()}
+    segments = jnp.asarray(np.repeat([[1, 2]], [50, 46], axis=1).repeat(2, 0))
+    whole = flash_attention(given["q"], given["k"], given["v"], bind(PACKED, 96, segments=segments))
+    shards = [np.r_[0:24, 72:96], np.r_[24:72]]
+    for mine in shards:
+        parts = []
+        for theirs in shards:
+            mask = bind(
+                PACKED,
+                48,
+                segments=segments[:, mine],
+                key_segments=segments[:, theirs],
+                positions=jnp.asarray(mine),
+                key_positions=jnp.asarray(theirs),
+            )
+            q, k, v = given["q"][:, mine], given["k"][:, theirs], given["v"][:, theirs]
+            parts.append(flash_attention(q, k, v, mask, backend="chunked", with_lse=True))
+        lse = jnp.logaddexp(parts[0][1], parts[1][1])
+        merged = sum(out * jnp.swapaxes(jnp.exp(part - lse), 1, 2)[..., None] for out, part in parts)
+        np.testing.assert_allclose(merged, whole[:, mine], atol=2e-6)
+
+
+def test_a_policy_that_saves_both_runs_no_kernel_twice():
+    q, k, v = (jnp.asarray(inputs(LONG)[name]) for name in ("q", "k", "v"))
+
+    def loss(q, k, v):
+        return jnp.sum(flash_attention(q, k, v, bind(Causal(), 96), backend="chunked") ** 2)
+
+    def loops(*saved: str) -> int:
+        policy = jax.checkpoint_policies.save_only_these_names(*saved)
+        return (
+            jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy)))
+            .lower(q, k, v)
+            .as_text()
+            .count("stablehlo.while")
+        )
+
+    each = jax.jit(loss).lower(q, k, v).as_text().count("stablehlo.while")
+    assert each == 2
+    assert loops(OUT, LSE) == 2 * each
+    assert loops(OUT) == loops(LSE) == loops() == 3 * each
+
+
+# The choice.
+
+
+def asked(**changes) -> door.Question:
+    given = {
+        "chip": CPU,
+        "dtype": "bfloat16",
+        "mask": Causal(),
+        "rows": 1,
+        "queries": 1024,
+        "keys": 1024,
+        "heads": 8,
+        "kv_heads": 8,
+        "head_size": 128,
+        "value_size": 128,
+    }
+    return door.Question(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"queries": 256, "keys": 256}, "plain"),
+        ({}, "chunked"),
+        ({"chip": H200}, "cudnn"),
+        ({"chip": A100}, "cudnn"),
+        ({"chip": T4}, "chunked"),
+        ({"chip": H200, "mask": Causal() & Window(99)}, "cudnn"),
+        ({"chip": H200, "mask": PACKED}, "hopper"),
+        ({"chip": H200, "softcap": True}, "hopper"),
+        ({"chip": H200, "lse": True}, "hopper"),
+        ({"chip": A100, "mask": PACKED}, "chunked"),
+        ({"chip": H200, "dtype": "float32"}, "chunked"),
+        ({"chip": V5P}, "splash"),
+        ({"chip": V5P, "mask": PACKED}, "splash"),
+        ({"chip": V5P, "dropout": True}, "tpu"),
+        ({"chip": V5P, "mask": Causal() | Prefix()}, "tpu"),
+        ({"chip": V5P, "lse": True}, "tpu"),
+    ],
+    ids=str,
+)
+def test_the_first_able_backend_is_taken(changes: dict, wanted: str):
+    assert door.choose("auto", asked(**changes)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "why"),
+    [
+        ("cudnn", {}, "NVIDIA GPU; use backend=chunked"),
+        ("cudnn", {"chip": T4}, "compute capability 8.0, and Tesla T4 has 7.5"),
+        ("cudnn", {"chip": H200, "mask": PACKED}, "of masks it knows Full, Causal and Window.*; use backend=hopper"),
+        ("cudnn", {"chip": H200, "dropout": True}, "no dropout"),
+        ("cudnn", {"chip": A100, "head_size": 192, "value_size": 192}, "multiple of 8 up to 128"),
+        ("hopper", {"chip": A100}, "Hopper"),
+        ("hopper", {"chip": H200, "dtype": "float32"}, "bfloat16"),
+        ("splash", {"chip": H200}, "TPU"),
+        ("splash", {"chip": V5P, "dropout": True}, "dropout.*; use backend=tpu"),
+        ("tpu", {}, "TPU"),
+    ],
+    ids=str,
+)
+def test_a_demanded_backend_refuses_what_it_cannot_do(backend: str, changes: dict, why: str):
+    with pytest.raises(Unable, match=rf"backend={backend} cannot do this: .*{why}"):
+        door.choose(backend, asked(**changes))
+
+
+def test_a_refusal_names_the_field():
+    config = AttentionConfig(heads=8, backend="cudnn")
+    with pytest.raises(ConfigError, match=r"model.attention.backend=cudnn cannot do this: .*, or auto."):
+        choose_backend(config, H200, "bfloat16", 128, PACKED, rows=1, time=256, dropout=0.0)
+
+
+def test_a_slow_backend_is_said_loudly_on_accelerators(caplog: pytest.LogCaptureFixture):
+    door.choose.cache_clear()
+    door._say_once.cache_clear()
+    with caplog.at_level("INFO", "mtx"):
+        for _ in range(2):
+            door.choose("auto", asked(chip=A100, mask=PACKED))
+        door.choose("auto", asked(chip=H200))
+    slow, quick = caplog.records
+    assert slow.levelname == "WARNING" and quick.levelname == "INFO"
+    assert "attention: chunked (not cudnn: of masks it knows" in slow.message and "not hopper: " in slow.message
+    assert quick.message == "attention: cudnn"
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q = jnp.zeros((1, 4, 4, 8))
+    with pytest.raises(ValueError, match="K divide N"):
+        flash_attention(q, q[:, :, :3], q[:, :, :3], bind(Causal(), 4))
+    with pytest.raises(ValueError, match="bound to 5 queries and 5 keys; q has 4, k has 4"):
+        flash_attention(q, q, q, bind(Causal(), 5))
+
+
+# In the train step.
+
+
+def test_what_a_config_says_is_the_mask():
+    config = AttentionConfig(heads=1, window=4)
+    assert config.mask(causal=True, documents=False) == Window(3)
+    assert config.mask(causal=False, documents=True) == Window(3, 3) & Documents()
+    both = AttentionConfig(heads=1, pattern=LocalGlobal())
+    assert both.mask(causal=False, documents=False) == Blocks(LocalGlobal())
+    assert both.mask(causal=True, documents=True) == Causal() & Documents() & Blocks(LocalGlobal())
+    assert AttentionConfig(heads=1).mask(causal=False, documents=False) == Full()
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 2, 4)], ids=str)
-def test_splash_compiles_in_the_train_step_for_a_tpu(mesh: tuple[int, int, int]):
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("backend", ["splash", "tpu"])
+def test_kernels_compile_in_the_train_step_for_a_tpu(mesh: tuple[int, int, int], documents: bool, backend: str):
     """Forward and backward, under remat, with grouped keys, on the chips that are not here."""
-    attention = AttentionConfig(heads=8, kv_heads=4, head_size=128, backend="splash")
+    attention = AttentionConfig(heads=8, kv_heads=4, head_size=128, backend=backend)
     model = dataclasses.replace(toys.LLAMA, attention=attention, width=256, remat="full")
     chips = aot.tpu_devices("v5e:2x4")
-    p = toys.program(model, mesh, zero=1, documents=False, compute=jnp.bfloat16, devices=chips)
+    p = toys.program(model, mesh, zero=1, documents=documents, compute=jnp.bfloat16, devices=chips)
     text = p.lower_train_step(2, 8, 256).compile().as_text()
     assert text.count("tpu_custom_call") >= 2

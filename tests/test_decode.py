@@ -20,7 +20,7 @@ from mtx.model import Batch
 from mtx.spmd import Compiled, Manual
 from mtx.step import Program
 
-MODELS = {"gpt": toys.GPT, "llama": toys.LLAMA}
+MODELS = {"gpt": toys.GPT, "llama": toys.LLAMA, "odd": toys.ODD}
 GREEDY = Sampling(temperature=0.0)
 WILD = Sampling(temperature=1.0, top_k=40, top_p=0.95)
 LENGTHS = (1, 5, 3, 8, 2)
@@ -83,7 +83,7 @@ def test_logits_are_those_of_a_whole_forward_pass(model: str, documents: bool):
         for step in range(steps + 1):
             at_B = np.array([min(length - 1 + step, TABLE - 1) for length in LENGTHS] + [0] * 3)
             token_B1 = np.pad(tokens_BT, ((0, 3), (0, 0)))[np.arange(8), at_B][:, None]
-            seen_BTS = decode._seen(arranged.length_B, filled, step, steps)
+            seen_BTS = decode._seen(p.model.mask(False), arranged.length_B, filled, step, steps, doors)
             h_BTD, cache = p.model.cached(params, token_B1, at_B[:, None], seen_BTS, filled + step, cache, doors)
             found.append(decode._next_logits(p, params, h_BTD, doors))
         return found

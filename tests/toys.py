@@ -18,6 +18,7 @@ from mtx.model import Batch, Model, Transformer, flatten
 from mtx.optim import Counter, Optimizer, Sgd
 from mtx.spmd import Compiled, Manual
 from mtx.step import Program, TrainState
+from pallas_kernels.patterns import LocalGlobal
 
 GPT = Transformer(
     vocab_size=250,
@@ -41,6 +42,19 @@ LLAMA = Transformer(
     tied_head=False,
     init_scale_residual=False,
 )
+ODD = dataclasses.replace(
+    LLAMA,
+    attention=AttentionConfig(
+        heads=16,
+        kv_heads=8,
+        window=7,
+        pattern=LocalGlobal(block=4, window=0),
+        softcap=2.0,
+        sinks=True,
+        backend="chunked",
+    ),
+)
+"""What attention can be told at once, by tiles."""
 MESHES = [(r, d, 8 // r // d) for r in (1, 2, 4, 8) for d in (1, 2, 4, 8) if r * d <= 8]
 """Every (replica, data, model) of eight devices."""
 

@@ -15,8 +15,7 @@ from mtx.layers import Learned
 from mtx.layout import RESIDUAL_TIME, BoundLayout
 from mtx.mesh import batch_shards
 from mtx.mesh import sizes as mesh_sizes
-from mtx.spmd import Manual
-from pallas_kernels.masks import Mask
+from pallas_kernels.attention import Chip
 
 Said = tuple[str, str]  # (dotted path, the whole sentence)
 
@@ -218,18 +217,24 @@ def _tensor_parallel(case: _Case) -> Iterator[str]:
         yield f"{path}={value} does not divide over {where}; try {', or '.join(hints)}."
 
 
+_MADE_FOR = {
+    **dict.fromkeys(("cudnn", "hopper"), Chip("gpu", "NVIDIA H200", 9.0)),
+    **dict.fromkeys(("splash", "tpu"), Chip("tpu", "TPU v5")),
+}
+
+
 def _backend(case: _Case) -> Iterator[str]:
-    """A demanded attention backend that could not do this on its own platform either."""
-    config, backend = case.config, case.config.model.attention.backend
-    platform = {"cudnn": "gpu", "splash": "tpu"}.get(backend)
-    if platform is None:
+    """A demanded attention backend that could not do this on the chip that it is made for either."""
+    config = case.config
+    chip = _MADE_FOR.get(config.model.attention.backend)
+    if chip is None:
         return
-    mask = Mask(causal=config.model.causal, documents=config.data.isolate_documents)
+    mask = config.model.attention.mask(causal=config.model.causal, documents=config.data.isolate_documents)
     dtype = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
-    manual = isinstance(config.partition, Manual)
     length, rate = config.batch.sequence_length, config.model.attention_dropout
+    sizes = {"rows": 1, "time": length, "dropout": rate}
     try:
-        attention.choose(backend, platform, dtype, config.model.head_size, length, mask, rate, manual)
+        attention.choose_backend(config.model.attention, chip, dtype, config.model.head_size, mask, **sizes)
     except ConfigError as error:
         yield str(error)
 
@@ -240,7 +245,7 @@ _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...]
     (("batch", "model"), _positions),
     (("data", "model"), _vocabulary),
     (("model", "mesh", "layout"), _tensor_parallel),
-    (("model", "data", "precision", "partition", "batch"), _backend),
+    (("model", "data", "precision", "batch"), _backend),
 )
 """Checks across dataclasses, each with the fields that must be right for it to make sense."""
 

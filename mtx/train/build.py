@@ -1,5 +1,6 @@
 """From a config to what runs: the program, the data, and the words for both."""
 
+import dataclasses
 import logging
 import math
 import subprocess
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 from data import Corpus
 from mtx import config as configs
 from mtx import mesh as meshes
-from mtx.attention import choose
+from mtx.attention import choose_backend
 from mtx.config import Config, Loaded
 from mtx.errors import DataError
 from mtx.layout import BoundLayout
 from mtx.metrics import peak_flops
 from mtx.model import Model, flatten
-from mtx.spmd import Manual
 from mtx.step import Program
+from pallas_kernels.attention import Chip
 
 log = logging.getLogger("mtx")
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,15 +35,20 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
     layout.check(flatten(model.weights))
     compute, _ = config.precision.resolve(devices[0])
     mask = model.mask(config.data.isolate_documents)
-    choose(
-        config.model.attention.backend,
-        devices[0].platform,
+    attention = config.model.attention
+    heads, kv_heads = (
+        count // layout.size(*layout.axes(name, "activations"))
+        for name, count in (("heads", attention.heads), ("kv_heads", attention.kv_heads or attention.heads))
+    )
+    choose_backend(
+        dataclasses.replace(attention, heads=heads, kv_heads=kv_heads),
+        Chip.of(devices[0]),
         compute.name,
         config.model.head_size,
-        config.batch.sequence_length,
         mask,
-        config.model.attention_dropout,
-        isinstance(config.partition, Manual),
+        rows=1,
+        time=config.batch.sequence_length,
+        dropout=config.model.attention_dropout,
     )
     return Program(
         model=model,
