@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from typing import NamedTuple
 
 import jax
@@ -65,15 +67,16 @@ class AttentionConfig:
 
     def mask(self, *, causal: bool, documents: bool) -> Mask:
         """What a token of these layers sees."""
-        mask: Mask = Full()
+        parts: list[Mask] = []
         if self.window is not None:
-            mask = Window(self.window - 1, 0 if causal else self.window - 1)
+            parts.append(Window(self.window - 1, 0 if causal else self.window - 1))
         elif causal:
-            mask = Causal()
-        for part, there in ((Documents(), documents), (self.pattern and Blocks(self.pattern), self.pattern)):
-            if there:
-                mask = part if mask == Full() else mask & part
-        return mask
+            parts.append(Causal())
+        if documents:
+            parts.append(Documents())
+        if self.pattern is not None:
+            parts.append(Blocks(self.pattern))
+        return reduce(and_, parts) if parts else Full()
 
 
 class Cache(NamedTuple):

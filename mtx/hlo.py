@@ -220,12 +220,12 @@ def _parse(text: str) -> _Program:
     roots: dict[str, _Op] = {}
     entry = current = ""
     for line in text.splitlines():
-        if not line.startswith(" "):
-            header = _HEADER.match(line)
-            current = header[2] if header else ""
-            if header:
-                computations[current] = {}
-                entry = current if header[1] else entry
+        if header := _HEADER.match(line):
+            current = header[2]
+            computations[current] = {}
+            entry = current if header[1] else entry
+        elif line == "}":
+            current = ""
         elif current and (match := _INSTRUCTION.match(line)):
             root, name, type_, opcode, rest = match.groups()
             arguments, attributes = _split_arguments(rest)

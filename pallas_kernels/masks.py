@@ -114,6 +114,9 @@ class Both(Mask):
     left: Mask
     right: Mask
 
+    def __str__(self) -> str:
+        return " & ".join(f"({part})" if isinstance(part, Either) else str(part) for part in (self.left, self.right))
+
     def parts(self) -> tuple[Mask, ...]:
         return self.left.parts() + self.right.parts()
 
@@ -127,6 +130,9 @@ class Either(Mask):
 
     left: Mask
     right: Mask
+
+    def __str__(self) -> str:
+        return f"{self.left} | {self.right}"
 
     def parts(self) -> tuple[Mask, ...]:
         return self.left.parts() + self.right.parts()
@@ -223,6 +229,7 @@ def sees(
         case Window(before, after):
             return (query - before <= key) & (key <= query + after)
         case Documents():
+            assert segments[0] is not None and segments[1] is not None
             return segments[0] == segments[1]
         case Prefix():
             assert prefix is not None
@@ -351,9 +358,9 @@ class BoundMask:
 
     @staticmethod
     def _taken(of: Callable[[End], jax.Array], end: End, swap: bool = False) -> jax.Array:
-        op, members = end
+        op, members = end[0], sorted(end[1], key=str)
         take = jnp.maximum if (op == "max") != swap else jnp.minimum
-        return reduce(take, (of(member) for member in sorted(members, key=repr)))
+        return reduce(take, (of(member) for member in members))
 
     def _query_position(self) -> jax.Array:
         return jnp.arange(self.queries) if self.query_T is None else self.query_T

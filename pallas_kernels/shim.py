@@ -18,7 +18,8 @@ def transposed(ref: Any) -> Any:
 def load_rows(ref: Any, layout: Any) -> jax.Array:
     """A one-dimensional shared-memory ref as registers in `layout`."""
     if JAX_VERSION < (0, 11):
-        return plgpu.load(ref, (), layout=layout)
+        load: Any = plgpu.load  # with an index between its arguments
+        return load(ref, (), layout=layout)
     return plgpu.load(ref, layout=layout)
 
 
@@ -51,3 +52,9 @@ def reset_gpu_interpreter() -> None:
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public name
 
     interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def require_refs_in_gpu_kernels(what: str) -> None:
+    """Raises where a kernel cannot be given a `jax.new_ref` to add to."""
+    if JAX_VERSION < (0, 11):
+        raise NotImplementedError(f"{what} needs jax 0.11 or later, not {jax.__version__}")

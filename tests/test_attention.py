@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+from collections import Counter
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import aot
@@ -12,8 +15,11 @@ import numpy as np
 import pytest
 import toys
 
+from benchmarks import kernel_table
+from mtx import hlo
 from mtx.attention import AttentionConfig, choose_backend
 from mtx.errors import ConfigError
+from mtx.spmd import Compiled, Manual
 from pallas_kernels import attention as door
 from pallas_kernels.attention import LSE, OUT, Chip, Dropout, Unable, chunked, flash_attention
 from pallas_kernels.attention.flash import Noise
@@ -117,9 +123,11 @@ def check(case: Case) -> None:
         keep = np.asarray(noise.keep(RATE, jnp.arange(T), jnp.arange(S), N // case.heads[1])).reshape(2, N, T, S)
     dense = mask.dense()
     wanted = oracle.attend(
-        *(np.asarray(rounded[name], np.float64) for name in ("q", "k", "v")),
+        rounded["q"],
+        rounded["k"],
+        rounded["v"],
         np.ones((1, T, S), bool) if dense is None else np.asarray(dense),
-        np.asarray(rounded["dout"], np.float64),
+        rounded["dout"],
         given["dlse"],
         scale=case.sizes[0] ** -0.5,
         softcap=softcap,
@@ -192,7 +200,7 @@ def test_no_document_touches_another(backend: str):
 
     @jax.jit
     def run(q, k, v, dout):
-        attend = lambda *x: flash_attention(*x, mask, backend=backend, sizes=sizes)  # noqa: E731
+        attend = partial(flash_attention, mask=mask, backend=backend, sizes=sizes)
         out, back = jax.vjp(attend, q, k, v)
         return out, *back(dout)
 
@@ -211,7 +219,7 @@ def test_keys_that_nobody_sees_may_hold_anything(backend: str):
     mask, sizes = bind(Causal(), 64, 96), chunked.Sizes(32, 40) if backend == "chunked" else None
 
     def run(k, v):
-        attend = lambda *x: flash_attention(*x, mask, backend=backend, sizes=sizes, with_lse=True)  # noqa: E731
+        attend = partial(flash_attention, mask=mask, backend=backend, sizes=sizes, with_lse=True)
         found, back = jax.vjp(attend, given["q"], k, v)
         return *found, *back((given["dout"], given["dlse"]))
 
@@ -384,6 +392,59 @@ def test_what_a_config_says_is_the_mask():
     assert AttentionConfig(heads=1).mask(causal=False, documents=False) == Full()
 
 
+@pytest.mark.parametrize(
+    ("mesh", "how"),
+    [
+        ((1, 2, 4), {"zero": 1}),
+        ((2, 2, 2), {"zero": 3, "sequence_parallel": True}),
+        ((1, 4, 2), {"zero": 2, "partition": Compiled()}),
+    ],
+    ids=str,
+)
+def test_a_kernel_in_the_train_step_equals_plain_attention(mesh, how: dict, monkeypatch: pytest.MonkeyPatch):
+    """The TPU kernels, interpreted, where a run has them: in shard_map, scanned, rematerialised, with dropout."""
+    from pallas_kernels.attention import tpu
+
+    monkeypatch.setattr(tpu, "cannot", lambda asked: None)
+    monkeypatch.setattr(tpu, "default_sizes", lambda asked: INTERPRETED)
+    INTERPRETED = tpu.Sizes(
+        **{f"{kernel}_{side}": 128 for kernel in ("forward", "dq", "dkv") for side in ("query", "key")}
+    )
+    INTERPRETED = dataclasses.replace(INTERPRETED, interpret=True)
+    door.choose.cache_clear()
+    attention = dataclasses.replace(toys.ODD.attention, pattern=None)
+    model = toys.dropped(dataclasses.replace(toys.ODD, attention=attention, remat="full"), 0.2)
+    of = lambda backend: dataclasses.replace(model, attention=dataclasses.replace(attention, backend=backend))  # noqa: E731
+    weights = toys.weights_of(model)
+    wanted, sums = toys.gradients(toys.program(of("plain")), weights, toys.batch())
+    found, found_sums = toys.gradients(toys.program(of("tpu"), mesh, **how), weights, toys.batch(), 2)
+    np.testing.assert_allclose(found_sums, sums, rtol=1e-5)
+    toys.check_close(found, wanted, 1e-5)
+    door.choose.cache_clear()
+
+
+def collectives(backend: str, devices: list, mesh: tuple[int, int, int], partition, dtype=jnp.bfloat16) -> Counter:
+    attention = AttentionConfig(heads=8, kv_heads=4, head_size=128, backend=backend)
+    model = dataclasses.replace(toys.LLAMA, attention=attention, width=256)
+    p = toys.program(model, mesh, compute=dtype, devices=devices, partition=partition)
+    text = p.lower_train_step(2, 8, 256).compile().as_text()
+    found = hlo.collectives(text, dict(p.mesh.shape))
+    return Counter((c.kind, c.axes, c.dtype, c.bytes, len(c.loops)) for c in found)
+
+
+@pytest.mark.parametrize("partition", [Manual(), Compiled()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "backend", ["chunked", *(pytest.param(name, marks=pytest.mark.aot) for name in ("hopper", "tpu", "splash"))]
+)
+def test_no_kernel_gathers_what_it_is_given(backend: str, partition):
+    """The train step communicates what it does with plain attention, tensor by tensor, on the chip's own compiler."""
+    where = {"hopper": lambda: aot.cuda_devices(8), "chunked": jax.devices}
+    devices = where.get(backend, lambda: aot.tpu_devices("v5e:2x4"))()
+    dtype = jnp.float32 if backend == "chunked" else jnp.bfloat16
+    found, wanted = (collectives(name, devices, (1, 2, 4), partition, dtype) for name in (backend, "plain"))
+    assert found == wanted
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 2, 4)], ids=str)
 @pytest.mark.parametrize("documents", [False, True])
@@ -395,4 +456,11 @@ def test_kernels_compile_in_the_train_step_for_a_tpu(mesh: tuple[int, int, int],
     chips = aot.tpu_devices("v5e:2x4")
     p = toys.program(model, mesh, zero=1, documents=documents, compute=jnp.bfloat16, devices=chips)
     text = p.lower_train_step(2, 8, 256).compile().as_text()
-    assert text.count("tpu_custom_call") >= 2
+    assert text.count('custom_call_target="tpu_custom_call"') == 4, "forward, forward again, and two backward"
+
+
+def test_the_table_of_the_docs_is_what_backends_say():
+    docs = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
+    assert kernel_table.table() in docs, (
+        "docs/kernels.md is stale: paste the output of python -m benchmarks.kernel_table"
+    )

@@ -221,3 +221,10 @@ def test_what_cannot_be_is_refused():
 def test_a_misfit_of_block_and_tile_is_seen():
     mask = Blocks(Fixed(block=96)) & Causal()
     assert misfit(mask, 128) == 96 and misfit(mask, 32, 96) is None and misfit(Causal(), 128) is None
+
+
+def test_a_mask_reads_as_it_is_written():
+    assert (
+        str((Causal() | Prefix()) & Documents() & Window(3))
+        == "(Causal() | Prefix()) & Documents() & Window(before=3, after=0)"
+    )

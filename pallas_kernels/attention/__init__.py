@@ -6,7 +6,6 @@ splash and tpu on TPUs, plain (all scores at once) for few keys, chunked (tiles,
 
 import logging
 from functools import lru_cache
-from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -21,8 +20,8 @@ from pallas_kernels.masks import BoundMask
 from pallas_kernels.threefry import Words
 
 __all__ = [
-    "LSE", "OUT", "BackendName", "Chip", "Dropout", "Question", "Scores", "Unable", "cached_attention", "choose",
-    "flash_attention", "with_sinks",
+    "LSE", "OUT", "BackendName", "Chip", "Dropout", "Question", "Scores", "Unable", "cached_attention", "cannot",
+    "choose", "flash_attention", "module", "with_sinks",
 ]  # fmt: skip
 
 BackendName = Literal["auto", "plain", "chunked", "cudnn", "hopper", "splash", "tpu"]
@@ -116,12 +115,12 @@ def flash_attention(
         seen_BS11 = mask.visible().seen_keys()[..., None, None]
         k_BSKH, v_BSKU = jnp.where(seen_BS11, k_BSKH, 0), jnp.where(seen_BS11, v_BSKU, 0)
     if name in ("cudnn", "splash"):
-        return _module(name).attend(q_BTNH, k_BSKH, v_BSKU, mask, scores)
+        return module(name).attend(q_BTNH, k_BSKH, v_BSKU, mask, scores)
     if name == "plain":
         attend = jax.checkpoint(plain_attention, static_argnums=5) if remat else plain_attention
         out, lse = attend(q_BTNH, k_BSKH, v_BSKU, mask, noise, scores)
     else:
-        kernel = _module(name)
+        kernel = module(name)
         sizes = sizes_for(kernel, asked) if sizes is None else sizes
         out, lse = flash(kernel, scores, sizes, q_BTNH, k_BSKH, v_BSKU, mask.visible(), noise)
     if sinks_N is not None:
@@ -150,6 +149,7 @@ def choose(backend: BackendName, asked: Question) -> BackendName:
     if backend != "auto":
         if (reason := cannot(backend, asked)) is not None:
             raise Unable(f"backend={backend} cannot do this: {reason}; use backend={chosen}, or auto.")
+        _say_once(logging.INFO, f"attention: {backend} (asked for)")
         return backend
     why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
     slow = chosen in ("plain", "chunked") and asked.chip.platform != "cpu"
@@ -159,11 +159,22 @@ def choose(backend: BackendName, asked: Question) -> BackendName:
 
 def cannot(name: BackendName, asked: Question) -> str | None:
     """Why a backend cannot do exactly this; None if it can."""
-    return None if name in ("plain", "chunked") else _module(name).cannot(asked)
+    return None if name in ("plain", "chunked") else module(name).cannot(asked)
 
 
-def _module(name: BackendName) -> ModuleType:
-    return import_module(f"pallas_kernels.attention.{name}")  # when it is used: Pallas takes its time
+def module(name: BackendName) -> ModuleType:
+    """A backend's module, imported when it is used: Pallas takes its time."""
+    if name == "cudnn":
+        from pallas_kernels.attention import cudnn as found
+    elif name == "hopper":
+        from pallas_kernels.attention import hopper as found
+    elif name == "splash":
+        from pallas_kernels.attention import splash as found
+    elif name == "tpu":
+        from pallas_kernels.attention import tpu as found
+    else:
+        from pallas_kernels.attention import chunked as found
+    return found
 
 
 FEW_SCORES = 512 * 512
