@@ -320,7 +320,7 @@ def asked(**changes) -> door.Question:
         ({"chip": A100, "mask": PACKED}, "chunked"),
         ({"chip": H200, "dtype": "float32"}, "chunked"),
         ({"chip": V5P}, "splash"),
-        ({"chip": V5P, "mask": PACKED}, "splash"),
+        ({"chip": V5P, "mask": PACKED}, "tpu"),
         ({"chip": V5P, "dropout": True}, "tpu"),
         ({"chip": V5P, "mask": Causal() | Prefix()}, "tpu"),
         ({"chip": V5P, "lse": True}, "tpu"),

@@ -16,7 +16,7 @@ from pallas_kernels.attention.flash import LSE, OUT, Noise, Scores, flash
 from pallas_kernels.attention.plain import cached_attention, plain_attention
 from pallas_kernels.attention.question import Chip, Question
 from pallas_kernels.attention.sizes import sizes_for
-from pallas_kernels.masks import BoundMask
+from pallas_kernels.masks import BoundMask, Documents
 from pallas_kernels.threefry import Words
 
 __all__ = [
@@ -184,7 +184,10 @@ FEW_SCORES = 512 * 512
 def _order(asked: Question) -> tuple[BackendName, ...]:
     """Backends for this chip, the best first."""
     few = asked.chip.platform == "cpu" and asked.queries * asked.keys <= FEW_SCORES
-    first: dict[str, tuple[BackendName, ...]] = {"gpu": ("cudnn", "hopper"), "tpu": ("splash", "tpu")}
+    tpu: tuple[BackendName, ...] = ("splash", "tpu")
+    if asked.mask.has(Documents):
+        tpu = ("tpu", "splash")  # splash visits what other documents hide
+    first: dict[str, tuple[BackendName, ...]] = {"gpu": ("cudnn", "hopper"), "tpu": tpu}
     return *first.get(asked.chip.platform, ()), "plain" if few else "chunked"
 
 

@@ -181,6 +181,6 @@ def _seeds(noise: Noise) -> jax.Array:
 
 
 def _fit(x_BTNH: jax.Array, length: int) -> jax.Array:
-    """Zeros added so that TMA and wgmma can take it."""
-    missing = max(0, length - x_BTNH.shape[1])
-    return jnp.pad(x_BTNH, ((0, 0), (0, missing), (0, 0), (0, -x_BTNH.shape[3] % 64)))
+    """Zeros added so that TMA, which copies pieces of 8 x 64, and wgmma can take it."""
+    T, H = x_BTNH.shape[1], x_BTNH.shape[3]
+    return jnp.pad(x_BTNH, ((0, 0), (0, max(length - T, -T % 8)), (0, 0), (0, -H % 64)))

@@ -204,12 +204,12 @@ class _Call:
 
     def place(self, *ids: Any) -> "_Place":
         """Which blocks a grid step is about."""
-        *ids, words_ref = ids
+        *grid, words_ref = ids
         plan, group = self.body.plan, self.body.group
         if self.by_query:
-            b, n, i, j = ids
+            b, n, i, j = grid
             return _Place(b, n, n // group, i, plan.visit(words_ref, b, i, j)[1])
-        b, kv, i, g, j = ids
+        b, kv, i, g, j = grid
         return _Place(b, kv * group + g, kv, plan.visit(words_ref, b, i, j)[1], i)
 
     def spec(self, shape: tuple[int | None, ...], index: Callable[["_Place"], tuple[Any, ...]]) -> pl.BlockSpec:

@@ -58,13 +58,13 @@ class Body:
         """Pairs that no active term of the mask lets through get HIDDEN."""
         s = lax.broadcasted_iota(jnp.int32, scores_ST.shape, 0)
         start = key_tile * self.tile_key
-        seen = None
+        seen: jax.Array | bool = False
         for r in range(self.terms):
             first, last = (shared[0][2 * r + end : 2 * r + end + 1, :] - start for end in (0, 1))
             if self.terms > 1:  # an inactive term ends before it begins
                 last = last - (1 - ((code >> (TERM + r)) & 1)) * np.int32(1 << 30)
             term = (first <= s) & (s <= last)
-            seen = term if seen is None else seen | term
+            seen = seen | term if r else term
         return jnp.where(seen, scores_ST, HIDDEN)
 
     def keep(self, words_ref: Any, b: jax.Array, n: jax.Array, shared: Any) -> jax.Array:
@@ -79,10 +79,10 @@ class Body:
         least = min(round(self.dropout * 2**32), 2**32 - 1) - 2**31
         return lax.bitcast_convert_type(bits ^ np.uint32(2**31), jnp.int32) >= np.int32(least)
 
-    def drop(self, x_ST: jax.Array, keep_ST: jax.Array | None) -> jax.Array:
-        if keep_ST is None:
-            return x_ST
-        return jnp.where(keep_ST, x_ST * (1.0 / (1.0 - self.dropout)), 0.0)
+    @property
+    def grown(self) -> float:
+        """What dropout multiplies by. Sums are, at their end: p itself would round to another value in bfloat16."""
+        return 1.0 / (1.0 - self.dropout)
 
     def tile(self, active: jax.Array, code: jax.Array, step: Any) -> None:
         """Runs step(masked) where the tile is active, without the element mask where all of it is visible."""
@@ -149,7 +149,7 @@ def forward_kernel(body: Body, words_ref, shared, q_ref, k_ref, v_ref, out_ref, 
         max_T[...] = now
         total_T[...] = total_T[...] * shrink + p_ST.sum(axis=0, keepdims=True)
         if body.dropout:
-            p_ST = body.drop(p_ST, body.keep(words_ref, b, n, shared))
+            p_ST = jnp.where(body.keep(words_ref, b, n, shared), p_ST, 0.0)
         v_SU = v_ref[...]
         sum_UT[...] = sum_UT[...] * shrink + dot(v_SU, p_ST.astype(v_SU.dtype), (0, 0))
 
@@ -159,23 +159,26 @@ def forward_kernel(body: Body, words_ref, shared, q_ref, k_ref, v_ref, out_ref, 
     def _end():
         total = total_T[...]
         nothing = total == 0.0
-        out_ref[...] = (sum_UT[...] / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)
+        out_ref[...] = (sum_UT[...] * (body.grown / jnp.where(nothing, 1.0, total))).astype(out_ref.dtype)
         lse = (max_T[...] + jnp.log2(jnp.where(nothing, 1.0, total))) * (1.0 / LOG2_E)
         lse_ref[...] = jnp.where(nothing, -jnp.inf, lse)
 
 
 def _score_gradient(body: Body, masked, code, tile, b, n, words_ref, shared, q, k, v, dout, rows_ref):
-    """(p after dropout, gradient by the scores before the scale), both [keys, queries] in float32."""
+    """(p of what dropout keeps, gradient by the scores before the scale), both [keys, queries] in float32."""
     scores_ST, slope_ST = body.scores(q, k)
     if masked:
         scores_ST = body.hide(scores_ST, code, tile, shared)
     p_ST = jnp.exp2(scores_ST - rows_ref[0:1, :])
     dp_ST = dot(v, dout, (1, 1))
-    keep_ST = body.keep(words_ref, b, n, shared) if body.dropout else None
-    ds_ST = p_ST * (body.drop(dp_ST, keep_ST) - rows_ref[1:2, :])
+    kept_ST = p_ST
+    if body.dropout:
+        keep_ST = body.keep(words_ref, b, n, shared)
+        kept_ST, dp_ST = jnp.where(keep_ST, p_ST, 0.0), jnp.where(keep_ST, dp_ST * body.grown, 0.0)
+    ds_ST = p_ST * (dp_ST - rows_ref[1:2, :])
     if slope_ST is not None:
         ds_ST = ds_ST * slope_ST
-    return body.drop(p_ST, keep_ST), ds_ST
+    return kept_ST, ds_ST
 
 
 def dq_kernel(body: Body, words_ref, shared, q_ref, k_ref, v_ref, dout_ref, rows_ref, dq_ref, sum_HT):
@@ -225,4 +228,4 @@ def dkv_kernel(body: Body, words_ref, shared, q_ref, k_ref, v_ref, dout_ref, row
     @pl.when((g == body.group - 1) & (j == pl.num_programs(4) - 1))
     def _end():
         dk_ref[...] = (sum_SH[...] * body.scale).astype(dk_ref.dtype)
-        dv_ref[...] = sum_SU[...].astype(dv_ref.dtype)
+        dv_ref[...] = (sum_SU[...] * body.grown).astype(dv_ref.dtype)

@@ -104,11 +104,12 @@ def by_definition(case: Case, arrays: dict[str, jax.Array]) -> dict[str, np.ndar
     q, k, v, dout, dlse = (np.asarray(arrays[name], np.float64) for name in ("q", "k", "v", "dout", "dlse"))
     rows, T, N, _ = q.shape
     bound, noise, keep = case.bound(rows), case.noise(rows), None
-    seen_BTS = np.ones((1, T, k.shape[1]), bool) if bound.dense() is None else np.asarray(bound.dense())
+    dense = bound.dense()
+    seen_BTS = np.ones((1, T, k.shape[1]), bool) if dense is None else np.asarray(dense)
     if noise is not None:
         keep_BKGTS = noise.keep(case.dropout, noise.query_T, noise.key_S, N // k.shape[2])
         keep = np.asarray(keep_BKGTS).reshape(rows, N, T, -1)
-    dlse = np.where(seen_BTS.any(-1)[:, None], dlse, 0.0)
+    dlse = np.where(np.any(seen_BTS, axis=-1, keepdims=True)[:, None, :, 0], dlse, 0.0)
     asked = case.scores
     settings = {"scale": asked.scale, "softcap": asked.softcap, "dropout": asked.dropout}
     found = attention_oracle.attend(q, k, v, seen_BTS, dout, dlse, keep_BNTS=keep, **settings)
@@ -144,18 +145,21 @@ def errors(found: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> dict[s
     return {name: largest(found[name], truth[name]) for name in found}
 
 
-def check(case: Case, found: dict[str, np.ndarray], arrays: dict[str, jax.Array], rounded_out: bool = False) -> None:
-    """rounded_out: allow also for what flash attention's delta, made from out as it is stored, does to dq and dk.
+def check(case: Case, found: dict[str, np.ndarray], arrays: dict[str, jax.Array], few: bool = False) -> None:
+    """few: allow also for what flash attention rounds and plain attention does not, where queries see a few keys only.
 
-    That matters where a query sees a few keys only: there the exact gradient is close to 0.
+    That is out, of which delta is made (the exact gradient of a single key is close to 0), and the operands p and ds of
+    products that then sum a single term, so that their errors do not average out.
     """
     truth = by_definition(case, arrays)
     allowed = errors(plain(case, arrays), truth)
-    if rounded_out:
+    if few:
         change_BTNU = np.asarray(jnp.asarray(truth["out"], case.dtype), np.float64) - truth["out"]
         change_BNT = np.einsum("BTNU,BTNU->BNT", change_BTNU, np.asarray(arrays["dout"], np.float64))
         shifted = by_definition(case, arrays | {"dlse": np.asarray(arrays["dlse"], np.float64) - change_BNT})
-        allowed = {name: allowed[name] + error for name, error in errors(shifted, truth).items()}
+        shift, half = errors(shifted, truth), float(jnp.finfo(case.dtype).eps) / 2
+        for name in ("dq", "dk", "dv"):
+            allowed[name] += shift[name] + half * np.abs(truth[name]).max()
     for name, error in errors(found, truth).items():
         assert error <= 2 * allowed[name] + 1e-5, (name, error, allowed[name])
 
@@ -215,7 +219,7 @@ def _pairs() -> list[Case]:
 @pytest.mark.parametrize("case", _pairs(), ids=str)
 def test_all_pairs_of_settings(case: Case):
     arrays = case.arrays()
-    check(case, kernels(case, arrays), arrays, rounded_out=True)
+    check(case, kernels(case, arrays), arrays, few=True)
 
 
 def test_memory_that_nobody_wrote_is_never_read_and_nothing_races():
@@ -290,7 +294,9 @@ def test_plans_visit_what_is_seen_and_stay_at_the_last_tile(mask: str, by_key: b
     padding = ((0, 0), (0, -T % tile_q), (0, -S % tile_k))
     tiled = np.pad(seen, padding).reshape(B, -(-T // tile_q), tile_q, -(-S // tile_k), tile_k)
     real = np.pad(np.ones_like(seen), padding).reshape(tiled.shape)
-    some, every = (x.swapaxes(1, 2) if by_key else x for x in (tiled.any((2, 4)), (tiled | ~real).all((2, 4))))
+    some, every = (
+        np.swapaxes(x, 1, 2) if by_key else x for x in (np.any(tiled, axis=(2, 4)), np.all(tiled | ~real, axis=(2, 4)))
+    )
     inner = some.shape[2]
     if visible.is_interval:
         plan = range_plan(visible.ranges_by_key(tile_q, tile_k) if by_key else visible.ranges(tile_q, tile_k), inner)
