@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import shim
 from pallas_kernels.attention import hopper
-from pallas_kernels.attention.flash import Noise, Scores
+from pallas_kernels.attention.flash import Noise, Scores, flash
 from pallas_kernels.attention.question import Chip, Question
 from pallas_kernels.masks import Blocks, Causal, Documents, Full, Mask, Window, bind
 from pallas_kernels.patterns import Strided
@@ -255,6 +255,42 @@ def test_kernels_lower_without_any_compiler(head_sizes, dtype, mask, spill):
     step, shapes = both_passes(asked(head_sizes, dtype, mask))
     text = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1001, 1003), (1, 129)])
+def test_any_length_lowers(queries, keys):
+    """TMA takes pieces of 8 rows, which the interpreter does not mind."""
+    question = replace(asked((128, 128), "bfloat16", Causal()), queries=queries, keys=keys)
+    step, shapes = both_passes(question)
+    text = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3
+
+
+def test_results_vary_over_the_mesh_axes_of_the_inputs():
+    """As the derivative rule demands inside a `shard_map` with check_vma=True."""
+    question = asked((128, 128), "bfloat16", Causal())
+    _, (*shapes, _, _) = both_passes(question)
+    sizes, scores = hopper.default_sizes(question), Scores(scale=1.0)
+
+    def loss(q, k, v):
+        out, lse = flash(hopper, scores, sizes, q, k, v, bind(Causal(), q.shape[1]).visible(), None)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    mesh, along = jax.sharding.Mesh(jax.devices()[:1], ("d",)), jax.sharding.PartitionSpec("d")
+    gradients = jax.shard_map(jax.grad(loss, (0, 1, 2)), mesh=mesh, in_specs=along, out_specs=along)
+    assert [x.shape for x in jax.eval_shape(gradients, *shapes)] == [x.shape for x in shapes]
+
+
+def test_candidates_are_what_can_be_run():
+    def fused(head_size: int, **more) -> list[hopper.Sizes]:
+        question = replace(asked((head_size, head_size), "bfloat16", Causal()), **more)
+        return [sizes for sizes in hopper.candidates(question) if sizes.fused]
+
+    assert bool(fused(128)) == bool(fused(80)) == shim.REFS_IN_GPU_KERNELS
+    assert not fused(64) and not fused(128, dropout=True)
+    assert all(sizes.backward_stages >= 2 for sizes in fused(128))
+    with pytest.raises(ValueError, match="64 or 128"):
+        hopper.Sizes(dq_keys=256)
 
 
 @pytest.mark.aot

@@ -31,9 +31,9 @@ class Sizes:
     forward_stages: int = 2
     """Steps whose K and V shared memory holds."""
     dq_keys: int = 64
-    """Keys of one step of the kernel of dq; a multiple of 64."""
+    """Keys of one step of the kernel of dq; 64 or 128."""
     dkv_queries: int = 64
-    """Queries of one step of the kernel of dk and dv; a multiple of 64."""
+    """Queries of one step of the kernel of dk and dv; 64 or 128."""
     backward_stages: int = 2
     fused: bool = False
     """One backward kernel of five matrix products in place of two with seven, for heads of 128; dq then differs in
@@ -42,6 +42,10 @@ class Sizes:
     """P and dS go through shared memory, slower: the form that the interpreter of jax 0.12 can run."""
     interpret: Any = None
     """`shim.gpu_interpreter(...)`: run on the CPU."""
+
+    def __post_init__(self) -> None:
+        if not {self.dq_keys, self.dkv_queries} <= {64, 128}:  # a length below it would get more tiles than its walk
+            raise ValueError(f"dq_keys and dkv_queries must be 64 or 128, not {self.dq_keys} and {self.dkv_queries}")
 
 
 def cannot(asked: Question) -> str | None:
@@ -53,6 +57,8 @@ def cannot(asked: Question) -> str | None:
         return f"it needs bfloat16 or float16, not {asked.dtype}"
     if max(asked.head_size, asked.value_size) > 256:
         return f"it needs head sizes up to 256, not {asked.head_size} and {asked.value_size}"
+    if asked.rows > 65535:
+        return f"it needs at most 65535 rows, as many as a CUDA grid has, not {asked.rows}"
     block = misfit(asked.mask, hopper_tiles.TILE, sizes.forward_keys, sizes.dq_keys, sizes.dkv_queries)
     if block is not None:
         return f"it needs patterns with blocks that are multiples of {hopper_tiles.TILE}, not {block}"
@@ -71,10 +77,15 @@ def default_sizes(asked: Question) -> Sizes:
 
 def candidates(asked: Question) -> list[Sizes]:
     """What `benchmarks.tune_attention` tries; what does not fit fails there, by name."""
-    tiles = itertools.product((64, 128), (2, 3), (64, 128), (64, 128), (1, 2), (False, True))
-    names = ("forward_keys", "forward_stages", "dq_keys", "dkv_queries", "backward_stages", "fused")
-    choices = [Sizes(**dict(zip(names, values, strict=True))) for values in tiles]
-    return [sizes for sizes in choices if not sizes.fused or max(asked.head_size, asked.value_size) <= 128]
+    widths = {size + -size % 64 for size in (asked.head_size, asked.value_size)}
+    fusible = widths == {hopper_fused.HEAD} and not asked.dropout and shim.REFS_IN_GPU_KERNELS
+    choices = itertools.product((64, 128), (2, 3), (64, 128), (64, 128), (1, 2))
+    split = [
+        Sizes(forward_keys=f, forward_stages=n, dq_keys=dq, dkv_queries=dkv, backward_stages=m)
+        for f, n, dq, dkv, m in choices
+    ]
+    both = [s for s in split if (s.dq_keys, s.dkv_queries, s.backward_stages) == (64, 64, 2)]  # all that it looks at
+    return split + [replace(s, fused=True) for s in both if fusible]
 
 
 def forward(
@@ -88,7 +99,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out_BTNU in q's dtype and lse_BNT in float32: natural logarithm, -inf where a query sees nothing.
 
-    Head sizes are padded with zeros to multiples of 64, lengths below one tile to one tile.
+    Head sizes are padded with zeros to multiples of 64, lengths to multiples of 8 and at least one tile.
     """
     T, U = q_BTNH.shape[1], v_BSKU.shape[3]
     q, k, v = _fit(q_BTNH, GROUP), _fit(k_BSKH, sizes.forward_keys), _fit(v_BSKU, sizes.forward_keys)
@@ -103,7 +114,7 @@ def forward(
         interpret=sizes.interpret,
     )
     out_BTNU, lse_BNT = hopper_forward.run(q, k, v, _walk_keys(mask, noise, sizes.forward_keys), how)
-    return out_BTNU[:, :T, :, :U], lse_BNT[:, :, :T]
+    return shim.varying_like((q_BTNH, k_BSKH, v_BSKU), out_BTNU[:, :T, :, :U], lse_BNT[:, :, :T])
 
 
 def backward(
@@ -142,7 +153,8 @@ def backward(
         how = replace(how, columns=hopper_fused.COLUMNS)
         walk = _walk_queries(mask, noise, how.columns, whole=True)
         dq_BTNH, dk_BSKH, dv_BSKU = hopper_fused.run(q, k, v, dout, stats_BN2P, walk, how)
-        return dq_BTNH[:, :T, :, :H], dk_BSKH[:, :S, :, :H], dv_BSKU[:, :S, :, :U]
+        found = dq_BTNH[:, :T, :, :H], dk_BSKH[:, :S, :, :H], dv_BSKU[:, :S, :, :U]
+        return shim.varying_like((q_BTNH, k_BSKH, v_BSKU), *found)
     dq_BTNH = hopper_backward.run_queries(q, k, v, dout, stats_BN2P, _walk_keys(mask, noise, sizes.dq_keys), how)
     how = replace(how, columns=sizes.dkv_queries)
     walk = _walk_queries(mask, noise, sizes.dkv_queries)
@@ -150,7 +162,8 @@ def backward(
     dk_BSKH, dv_BSKU = (
         x for some in passes for x in hopper_backward.run_keys(q, k, v, dout, stats_BN2P, walk, how, some)
     )
-    return dq_BTNH[:, :T, :, :H], dk_BSKH[:, :S, :, :H], dv_BSKU[:, :S, :, :U]
+    found = dq_BTNH[:, :T, :, :H], dk_BSKH[:, :S, :, :H], dv_BSKU[:, :S, :, :U]
+    return shim.varying_like((q_BTNH, k_BSKH, v_BSKU), *found)
 
 
 def _walk_queries(mask: Visible, noise: Noise | None, tile_q: int, whole: bool = False) -> hopper_tiles.Walk:

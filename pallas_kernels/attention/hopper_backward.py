@@ -174,7 +174,8 @@ def add_products(sums: list[tuple[jax.Array, Callable[[], jax.Array], Any]], sta
         for ref, (_, make_left, right) in zip(refs, sums, strict=True):
             plgpu.wgmma(ref, make_left(), right)
 
-    return pl.run_state(run)([plgpu.ACC.init(acc) for acc, _, _ in sums])
+    totals: Any = pl.run_state(run)([plgpu.ACC.init(acc) for acc, _, _ in sums])
+    return totals
 
 
 def _queries(refs: tuple[Any, ...], how: Backward) -> None:

@@ -212,7 +212,8 @@ def add_product(acc: jax.Array, left: jax.Array, right: Any, stage: Any | None, 
         if meanwhile is not None:
             meanwhile()
 
-    return pl.run_state(run)(plgpu.ACC.init(acc))
+    total: Any = pl.run_state(run)(plgpu.ACC.init(acc))
+    return total
 
 
 def zeros(shape: tuple[int, ...], value: float = 0.0) -> jax.Array:
