@@ -34,6 +34,7 @@ ASKED: dict[str, dict] = {
     "full": {"mask": Full()},
     "causal": {},
     "window": {"mask": Causal() & Window(255)},
+    "window, both ways": {"mask": Window(255, 255)},
     "documents": {"mask": PACKED},
     "documents, both ways": {"mask": Documents()},
     "prefix-LM": {"mask": (Causal() | Prefix()) & Documents()},

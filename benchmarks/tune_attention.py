@@ -52,6 +52,8 @@ def main() -> None:
                     continue
                 found[sizes] = took
                 print(f"| {head} | {T} | {sizes} | {1e3 * took:.3f} |", flush=True)
+            if not found:
+                continue
             entry = {
                 "backend": flags.backend,
                 "dtype": asked.dtype,

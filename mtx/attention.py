@@ -27,7 +27,7 @@ from pallas_kernels.attention import (
     flash_attention,
     with_sinks,
 )
-from pallas_kernels.masks import Blocks, Causal, Documents, Full, Mask, Window, bind
+from pallas_kernels.masks import FAR, Blocks, Causal, Documents, Full, Mask, Window, bind
 from pallas_kernels.patterns import BigBird, Chosen, Fixed, LocalGlobal, Longformer, Strided
 
 
@@ -62,6 +62,8 @@ class AttentionConfig:
         for field in ("head_size", "window"):
             if (value := getattr(self, field)) is not None and value < 1:
                 yield field, "must be at least 1"
+        if self.window is not None and self.window > FAR:
+            yield "window", f"must be at most {FAR}; None sees all"
         if self.softcap is not None and self.softcap <= 0:
             yield "softcap", "must be positive; None has no cap"
 

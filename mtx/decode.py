@@ -117,6 +117,11 @@ def refuse(program: Program, lengths: Sequence[int], tokens: int, sampling: Samp
             f"a prompt of {longest} tokens and {tokens} new ones do not fit the table of positions "
             f"(model.positions.length={table}); try {fits}."
         )
+    if longest + tokens > (reach := program.model.mask(False).reach()):
+        raise ConfigError(
+            f"a prompt of {longest} tokens and {tokens} new ones do not fit the {reach} positions of "
+            "model.attention.pattern.rows; try fewer tokens, or a shorter prompt."
+        )
 
 
 def power_of_two(size: int) -> int:
@@ -234,7 +239,9 @@ def _prefill(program: Program, params: Params, prompts: Prompts, cache: Cache, d
     i_T, last_B1 = jnp.arange(time), jnp.maximum(prompts.length_B - 1, 0)[:, None]
     position_BT = jnp.minimum(i_T[None], last_B1)  # padding may reach beyond a learned table
     s_S = jnp.arange(slots)
-    seen_BTS = ((i_T[:, None] >= s_S) & sees(program.model.mask(False), i_T[:, None], s_S, (slots, slots)))[None]
+    mask = program.model.mask(False)
+    shape = (min(slots, mask.reach()),) * 2  # padding may reach beyond a pattern
+    seen_BTS = ((i_T[:, None] >= s_S) & sees(mask, i_T[:, None], s_S, shape))[None]
     _, cache = program.model.cached(params, prompts.tokens_BT, position_BT, seen_BTS, 0, cache, doors)
     return cache
 
@@ -248,7 +255,7 @@ def _seen(mask: Mask, length_B: jax.Array, filled: int, step: jax.Array, most: i
         own_B1 = jnp.maximum(length_B - 1, 0)[:, None]  # the position of the first token that is made of each row
         written_BS = (s_S < jnp.minimum(own_B1, filled)) | ((s_S >= filled) & (s_S <= filled + step))
         position_BS = jnp.where(s_S < filled, s_S, own_B1 + s_S - filled)
-        return (written_BS & sees(mask, own_B1 + step, position_BS, (size, size)))[:, None]
+        return (written_BS & sees(mask, own_B1 + step, position_BS, (min(size, mask.reach()),) * 2))[:, None]
 
     return doors.local(seen, ("B", ""), "BTS", length_B, jnp.asarray(step))
 

@@ -20,8 +20,12 @@ from jax import lax
 
 from pallas_kernels.patterns import Pattern
 
-FULL = 1 << 30
+MOST_TERMS = 30
+"""Of a mask that is lowered to lists of tiles: one bit each in a tile's code."""
+FULL = 1 << MOST_TERMS
 """In the code of a tile: every query of it sees every key of it."""
+FAR = 1 << 30
+"""Positions and widths of windows are below it, so that their sums are int32."""
 _LAST = np.iinfo(np.int32).max
 
 
@@ -41,6 +45,10 @@ class Mask:
 
     def has(self, kind: "type[Mask]") -> bool:
         return any(isinstance(part, kind) for part in self.parts())
+
+    def reach(self) -> int:
+        """How many positions it can speak of: only a `Chosen` pattern ends."""
+        return min((part.pattern.reach() for part in self.parts() if isinstance(part, Blocks)), default=FAR)
 
     def conjunctions(self, own: bool = True) -> "tuple[Conjunction, ...]":
         """The same mask as an `or` of as few intervals with patterns as the rules of `Conjunction` find.
@@ -74,8 +82,8 @@ class Window(Mask):
     after: int = 0
 
     def __post_init__(self):
-        if self.before < 0 or self.after < 0:
-            raise ValueError(f"Window(before={self.before}, after={self.after}): both must be at least 0")
+        if not (0 <= self.before < FAR and 0 <= self.after < FAR):
+            raise ValueError(f"Window(before={self.before}, after={self.after}): both must be at least 0, below {FAR}")
 
     def conjunctions(self, own: bool = True) -> "tuple[Conjunction, ...]":
         return (Conjunction(("self", -self.before), ("self", self.after), frozenset(), True),)
@@ -510,8 +518,18 @@ class Visible:
         return found & (query_t < T)[:, None]
 
     def seen_keys(self) -> jax.Array:
-        """bool_BS: keys within some query's interval; False only where no query sees a key."""
-        return jnp.any(self.qfirst_RBS <= self.qlast_RBS, axis=0)
+        """bool_BS: keys that some query sees."""
+        T, S = self.first_RBT.shape[2], self.qfirst_RBS.shape[2]
+        found = jnp.zeros((), bool)
+        for qfirst_BS, qlast_BS, patterns in zip(self.qfirst_RBS, self.qlast_RBS, self.patterns, strict=True):
+            term = qfirst_BS <= qlast_BS
+            if patterns:  # among the blocks of those queries is one that the pattern shows
+                block, matrix = _merged(patterns, T, S)
+                above = jnp.asarray(np.pad(np.cumsum(matrix, axis=0), ((1, 0), (0, 0))))
+                column_S = np.arange(S) // block
+                term &= above[qlast_BS // block + 1, column_S] > above[qfirst_BS // block, column_S]
+            found = found | term
+        return found
 
     def ranges(self, tile_q: int, tile_k: int) -> Ranges:
         """Which key tiles each query tile visits; only of an interval mask."""
@@ -549,6 +567,7 @@ class Visible:
         start = jnp.arange(columns) * tile_k
         stop = start + tile_k
         whole = (stop <= S) & ((jnp.arange(rows) + 1) * tile_q <= T)[:, None]
+        assert len(self.patterns) <= MOST_TERMS and self.misfit(tile_q, tile_k) is None, "cannot be said by tiles"
         code = jnp.zeros((), jnp.int32)
         for r, patterns in enumerate(self.patterns):
             (lowest, highest), (low, high) = (_at_ends(x, tile_q) for x in (self.first_RBT[r], self.last_RBT[r]))

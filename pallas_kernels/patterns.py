@@ -25,6 +25,10 @@ class Pattern(abc.ABC):
             if isinstance(value, int) and value < least:
                 yield name, f"must be at least {least}"
 
+    def reach(self) -> int:
+        """How many positions it can speak of; a formula of any."""
+        return np.iinfo(np.int32).max
+
     @abc.abstractmethod
     def seen(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         """bool of q broadcast against k, block indices; every pattern but `Chosen` is a formula of them."""
@@ -41,6 +45,11 @@ class Fixed(Pattern):
 
     stride: int = 4
     summary: int = 1
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        yield from super().check()
+        if self.summary > self.stride:
+            yield "summary", f"must be at most stride={self.stride}"
 
     def seen(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         return (q // self.stride == k // self.stride) | (k % self.stride >= self.stride - self.summary)
@@ -88,6 +97,11 @@ class BigBird(LocalGlobal):
     random: int = 3
     seed: int = 0
 
+    def check(self) -> Iterator[tuple[str, str]]:
+        yield from super().check()
+        if self.seed >= 1 << 48:
+            yield "seed", "must be below 2**48"
+
     def seen(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         word = (q.astype(np.uint64) << np.uint64(32)) ^ k.astype(np.uint64) ^ (np.uint64(self.seed) << np.uint64(16))
         for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # splitmix64's finalizer
@@ -103,6 +117,14 @@ class Chosen(Pattern):
 
     rows: tuple[tuple[bool, ...], ...]
     """rows[i][j]: whether query block i sees key block j. Must be at least as large as the sequence needs."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        yield from super().check()
+        if not self.rows or not self.rows[0] or len({len(row) for row in self.rows}) > 1:
+            yield "rows", "must be rows of equal length, at least 1 x 1"
+
+    def reach(self) -> int:
+        return min(len(self.rows), len(self.rows[0])) * self.block
 
     def seen(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         given = np.array(self.rows, bool)

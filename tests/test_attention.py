@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,16 @@ import pytest
 import toys
 
 from benchmarks import kernel_table
-from mtx import hlo
+from mtx import decode, hlo
 from mtx.attention import AttentionConfig, choose_backend
+from mtx.config import checks, loading
 from mtx.errors import ConfigError
 from mtx.spmd import Compiled, Manual
 from pallas_kernels import attention as door
-from pallas_kernels.attention import LSE, OUT, Chip, Dropout, Unable, chunked, flash_attention
+from pallas_kernels.attention import LSE, OUT, Chip, Dropout, Unable, chunked, cudnn, flash_attention, sizes
 from pallas_kernels.attention.flash import Noise
-from pallas_kernels.masks import Blocks, Causal, Documents, Full, Prefix, Window, bind
-from pallas_kernels.patterns import BigBird, LocalGlobal
+from pallas_kernels.masks import FAR, MOST_TERMS, Blocks, Causal, Documents, Full, Mask, Prefix, Window, bind
+from pallas_kernels.patterns import BigBird, Chosen, LocalGlobal
 
 CPU = Chip("cpu")
 H200, A100, T4 = (
@@ -107,7 +109,11 @@ def bound(case: Case, seed: int = 0):
     return bind(MASKS[case.mask], T, S, segments=jnp.asarray(segments), prefix=jnp.asarray(prefix), **given)
 
 
-SOFTCAP, RATE, SINGLE = 3.0, 0.3, {"out", "lse"}
+SOFTCAP, RATE = 3.0, 0.3
+
+
+BFLOAT16 = 2e-2
+"""What plain attention in bfloat16 may be off by, at most: else it could excuse anything."""
 
 
 def check(case: Case) -> None:
@@ -166,6 +172,7 @@ def check(case: Case) -> None:
     for name, x, y, z in zip(wanted._fields, found, simple, wanted._replace(lse_BNT=wanted_lse), strict=True):
         if name == "dsinks_N" and case.extra != "sinks":
             continue
+        assert oracle.error(y, z) <= BFLOAT16, f"{name}: plain itself is off by {oracle.error(y, z):.1e}"
         bound_ = 1e-5 if case.dtype == "float32" else 2 * oracle.error(y, z) + 1e-5
         assert oracle.error(x, z) <= bound_, f"{name}: off by {oracle.error(x, z):.1e}, more than {bound_:.1e}"
 
@@ -228,6 +235,47 @@ def test_keys_that_nobody_sees_may_hold_anything(backend: str):
     for x, y in zip(clean, spoiled, strict=True):
         np.testing.assert_array_equal(x, y)
     assert (spoiled[3][:, 64:] == 0).all() and (spoiled[4][:, 64:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["plain", "chunked"])
+def test_keys_that_a_pattern_hides_may_hold_anything(backend: str):
+    q, k, v = (jnp.asarray(inputs(LONG)[name]) for name in ("q", "k", "v"))
+    mask = bind(Blocks(Chosen(block=32, rows=((True, False, True),) * 3)), 96)
+    clean = flash_attention(q, k, v, mask, backend=backend)
+    k, v = (x.at[:, 32:64].set(jnp.nan) for x in (k, v))
+    spoiled = flash_attention(q, k, v, mask, backend=backend)
+    np.testing.assert_array_equal(clean, spoiled)
+
+
+@pytest.mark.parametrize("backend", ["plain", "chunked"])
+def test_a_sink_of_minus_infinity_is_none(backend: str):
+    """Queries that see nothing among them."""
+    q, k, v = (jnp.asarray(inputs(LONG)[name]) for name in ("q", "k", "v"))
+    mask = bind(Blocks(Chosen(block=32, rows=((False,) * 3, (True,) * 3, (True,) * 3))), 96)
+
+    def attend(q, k, v, *sinks):
+        sinks_N = sinks[0] if sinks else None
+        return flash_attention(q, k, v, mask, backend=backend, sinks_N=sinks_N, with_lse=True)
+
+    def run(*arrays):
+        found, back = jax.vjp(attend, *arrays)
+        return *found, *back((jnp.ones_like(found[0]), jnp.zeros_like(found[1])))
+
+    wanted, (*found, dsinks_N) = run(q, k, v), run(q, k, v, jnp.full(4, -jnp.inf))
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    assert (found[0][:, :32] == 0).all() and (dsinks_N == 0).all()
+
+
+def test_a_cached_query_that_sees_nothing_gets_nothing():
+    q, k, v = (jnp.asarray(inputs(LONG)[name]) for name in ("q", "k", "v"))
+    mask = bind(Blocks(Chosen(block=32, rows=((False,) * 3, (True,) * 3, (True, True, False)))), 96)
+    seen_BTS, scores = mask.dense(), door.Scores(0.125)
+    assert seen_BTS is not None
+    wanted = flash_attention(q, k, v, mask, scale=0.125, backend="plain", with_lse=True)
+    for x, y in zip(door.cached_attention(q, k, v, seen_BTS, scores), wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert (wanted[0][:, :32] == 0).all()
 
 
 @pytest.mark.parametrize("backend", ["plain", "chunked"])
@@ -314,6 +362,8 @@ def asked(**changes) -> door.Question:
         ({"chip": A100}, "cudnn"),
         ({"chip": T4}, "chunked"),
         ({"chip": H200, "mask": Causal() & Window(99)}, "cudnn"),
+        ({"chip": H200, "mask": Window(99)}, "cudnn"),
+        ({"chip": H200, "mask": Window(99, 99)}, "hopper"),
         ({"chip": H200, "mask": PACKED}, "hopper"),
         ({"chip": H200, "softcap": True}, "hopper"),
         ({"chip": H200, "lse": True}, "hopper"),
@@ -352,6 +402,53 @@ def test_a_demanded_backend_refuses_what_it_cannot_do(backend: str, changes: dic
         door.choose(backend, asked(**changes))
 
 
+@pytest.mark.parametrize("mask", [Window(9), Causal() & Window(9), Window(9, 2) & Causal()], ids=str)
+def test_cudnn_gets_windows_beside_its_causal_mask(mask: Mask, monkeypatch: pytest.MonkeyPatch):
+    """Without it, it has no windows; what it is given is what plain JAX needs for the same mask."""
+    as_xla, given = jax.nn.dot_product_attention, []
+
+    def recorded(*arrays, implementation: str, **options):
+        assert implementation == "cudnn"
+        given.append(options)
+        return as_xla(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    q, k, v = (jnp.asarray(inputs(LONG)[name]) for name in ("q", "k", "v"))
+    found = cudnn.attend(q, k, v, bind(mask, 96), door.Scores(0.125))
+    assert given == [{"scale": 0.125, "is_causal": True, "local_window_size": (9, 0)}]
+    np.testing.assert_allclose(found, flash_attention(q, k, v, bind(mask, 96), scale=0.125), atol=1e-5)
+
+
+def test_too_many_terms_are_refused_where_they_would_be_bits():
+    mask = Window(0) | Prefix()
+    for window in range(MOST_TERMS):
+        mask = mask | Blocks(LocalGlobal(window=window, globals=0))
+    for chip, backend in ((H200, "hopper"), (V5P, "tpu")):
+        with pytest.raises(Unable, match="tell 30 terms apart, and the mask has 32; use backend=chunked"):
+            door.choose(backend, asked(chip=chip, mask=mask))
+
+
+def test_sizes_are_the_nearest_tuned_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the same kind, dtype and heads; never where dropout or a soft-cap needs room that was not tuned for."""
+    entry = {"backend": "chunked", "dtype": "bfloat16", "head_size": 128, "value_size": 128}
+    rows = [entry | {"queries": n, "sizes": {"q": n, "k": 64}} for n in (512, 2048)]
+    (tmp_path / "sizes.json").write_text(json.dumps({"cpu": rows}))
+    monkeypatch.setattr(sizes, "TABLE", tmp_path / "sizes.json")
+    sizes._table.cache_clear()
+    chip, default = Chip("cpu", "cpu"), chunked.default_sizes(asked())
+    for changes, wanted in (
+        ({"queries": 256}, default),
+        ({"queries": 1024}, chunked.Sizes(512, 64)),
+        ({"queries": 4096}, chunked.Sizes(2048, 64)),
+        ({"head_size": 64}, default),
+        ({"dtype": "float32"}, default),
+        ({"dropout": True}, default),
+        ({"softcap": True}, default),
+    ):
+        assert sizes.sizes_for(chunked, asked(chip=chip, **changes)) == wanted, changes
+    sizes._table.cache_clear()
+
+
 def test_a_refusal_names_the_field():
     config = AttentionConfig(heads=8, backend="cudnn")
     with pytest.raises(ConfigError, match=r"model.attention.backend=cudnn cannot do this: .*, or auto."):
@@ -369,6 +466,16 @@ def test_a_slow_backend_is_said_loudly_on_accelerators(caplog: pytest.LogCapture
     assert slow.levelname == "WARNING" and quick.levelname == "INFO"
     assert "attention: chunked (not cudnn: of masks it knows" in slow.message and "not hopper: " in slow.message
     assert quick.message == "attention: cudnn"
+
+
+def test_what_nothing_can_do_is_refused():
+    q, words = jnp.zeros((1, 4, 4, 8)), (jnp.zeros(1, jnp.uint32),) * 2
+    for softcap in (0.0, -1.0):
+        with pytest.raises(ValueError, match=r"softcap=.* must be positive"):
+            flash_attention(q, q, q, bind(Full(), 4), softcap=softcap)
+    for rate in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"rate=.* must be at least 0 and below 1"):
+            flash_attention(q, q, q, bind(Full(), 4), dropout=Dropout(rate, words, jnp.arange(4)))
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -390,6 +497,38 @@ def test_what_a_config_says_is_the_mask():
     assert both.mask(causal=False, documents=False) == Blocks(LocalGlobal())
     assert both.mask(causal=True, documents=True) == Causal() & Documents() & Blocks(LocalGlobal())
     assert AttentionConfig(heads=1).mask(causal=False, documents=False) == Full()
+
+
+def test_a_window_that_is_too_wide_is_refused():
+    assert not list(AttentionConfig(heads=1, window=FAR).check())
+    assert dict(AttentionConfig(heads=1, window=FAR + 1).check()) == {
+        "window": "must be at most 1073741824; None sees all"
+    }
+
+
+def test_a_pattern_that_ends_is_decoded_to_its_end_and_not_beyond():
+    """Slots are powers of two: more than there are positions. A matrix of all blocks is no pattern at all."""
+    whole = dataclasses.replace(toys.LLAMA, attention=AttentionConfig(heads=16, kv_heads=8))
+    rows = ((True,) * 3,) * 3
+    ends = dataclasses.replace(
+        whole, attention=dataclasses.replace(whole.attention, pattern=Chosen(block=4, rows=rows))
+    )
+    found, wanted = (
+        decode.generate(p, p.init(0).params, [[1, 2, 3, 4, 5, 6]], tokens=6, sampling=decode.Sampling(temperature=0))
+        for p in map(toys.program, (ends, whole))
+    )
+    assert found == wanted and len(found[0]) == 6
+    with pytest.raises(ConfigError, match=r"a prompt of 6 tokens and 7 new ones do not fit the 12 positions"):
+        decode.refuse(toys.program(ends), [6], 7, decode.Sampling())
+
+
+def test_a_pattern_that_ends_before_the_sequence_is_refused():
+    config = loading.load(Path(__file__).parent.parent / "configs" / "quickstart.py").config
+    pattern = Chosen(block=32, rows=((True,) * 3,) * 3)
+    attention = dataclasses.replace(config.model.attention, pattern=pattern)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+    with pytest.raises(ConfigError, match=r"sequence_length=128 is longer than the 96 .*=96, or .*pattern.block=43"):
+        checks.check(config)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.masks import (
+    FAR,
     FULL,
+    MOST_TERMS,
     Blocks,
     BoundMask,
     Causal,
@@ -91,8 +93,7 @@ def test_lowered_is_as_defined(mask, T, S, explicit, seed):
         assert dense.any(axis=1).all()
     if not one.may_be_blind():
         assert dense.any(axis=2).all()
-    seen_keys = np.broadcast_to(visible.seen_keys(), dense[:, 0].shape)
-    assert not (dense.any(axis=1) & ~seen_keys).any()
+    np.testing.assert_array_equal(np.broadcast_to(visible.seen_keys(), dense[:, 0].shape), dense.any(axis=1))
 
 
 def check_by_key(visible: Visible) -> None:
@@ -211,16 +212,41 @@ def test_what_cannot_be_bound_is_refused(mask: Mask, given: dict, why: str):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="at least 0"):
-        Window(-1)
+    for wrong in (-1, FAR):
+        with pytest.raises(ValueError, match=r"at least 0, below 1073741824"):
+            Window(wrong)
     with pytest.raises(ValueError, match=r"Chosen.rows has 2 x 2 blocks of 4; 3 x 3 are needed"):
         bind(Blocks(Chosen(block=4, rows=((True, True), (True, False)))), 9).dense()
     assert dict(BigBird(block=0, random=-1).check()) == {"block": "must be at least 1", "random": "must be at least 0"}
+    assert dict(BigBird(seed=1 << 48).check()) == {"seed": "must be below 2**48"} and not dict(BigBird().check())
+    assert dict(Fixed(stride=2, summary=3).check()) == {"summary": "must be at most stride=2"}
+    for rows in ((), ((),), ((True, True), (True,))):
+        assert "equal length" in dict(Chosen(rows=rows).check())["rows"]
+    assert not dict(Chosen(rows=((True, False),)).check())
 
 
 def test_a_misfit_of_block_and_tile_is_seen():
     mask = Blocks(Fixed(block=96)) & Causal()
     assert misfit(mask, 128) == 96 and misfit(mask, 32, 96) is None and misfit(Causal(), 128) is None
+
+
+def test_the_widest_window_sees_all():
+    """Its ends are far outside of int32's middle, and must not come back around."""
+    visible = bind(Window(FAR - 1, FAR - 1), 9).visible()
+    assert visible.dense().all()
+    check_by_key(visible)
+
+
+def test_what_tiles_cannot_say_is_not_lowered_to_them():
+    mask = Window(0) | Prefix()
+    for start in range(MOST_TERMS):
+        mask = mask | Blocks(LocalGlobal(block=4, window=start, globals=0))
+    found = bind(mask, 8, prefix=jnp.zeros((1, 8), jnp.int32)).visible()
+    assert len(found.patterns) == MOST_TERMS + 2 and found.dense().any()
+    with pytest.raises(AssertionError, match="cannot be said by tiles"):
+        found.tiles(4, 4)
+    with pytest.raises(AssertionError, match="cannot be said by tiles"):
+        bind(Blocks(Fixed(block=6)), 12).visible().tiles(4, 4)
 
 
 def test_a_mask_reads_as_it_is_written():

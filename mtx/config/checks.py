@@ -166,6 +166,16 @@ def _positions(case: _Case) -> Iterator[str]:
         )
 
 
+def _pattern(case: _Case) -> Iterator[str]:
+    length, pattern = case.config.batch.sequence_length, case.config.model.attention.pattern
+    if pattern is not None and length > (reach := pattern.reach()):
+        yield (
+            f"batch.sequence_length={length} is longer than the {reach} positions of model.attention.pattern.rows; try "
+            f"batch.sequence_length={reach}, or model.attention.pattern.block="
+            f"{-(-length * pattern.block // reach)}, or more rows."
+        )
+
+
 def _vocabulary(case: _Case) -> Iterator[str]:
     needed, found = case.config.data.vocab_size, case.config.model.vocab_size
     if found < needed:
@@ -243,6 +253,7 @@ _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...]
     (("batch", "mesh", "layout", "model"), _batch),
     (("batch", "mesh", "layout"), _time),
     (("batch", "model"), _positions),
+    (("batch", "model"), _pattern),
     (("data", "model"), _vocabulary),
     (("model", "mesh", "layout"), _tensor_parallel),
     (("model", "data", "precision", "batch"), _backend),

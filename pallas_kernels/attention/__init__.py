@@ -16,7 +16,7 @@ from pallas_kernels.attention.flash import LSE, OUT, Noise, Scores, flash
 from pallas_kernels.attention.plain import cached_attention, plain_attention
 from pallas_kernels.attention.question import Chip, Question
 from pallas_kernels.attention.sizes import sizes_for
-from pallas_kernels.masks import BoundMask, Documents
+from pallas_kernels.masks import MOST_TERMS, BoundMask, Documents
 from pallas_kernels.threefry import Words
 
 __all__ = [
@@ -80,11 +80,15 @@ def flash_attention(
     Returns: out_BTNU in q's dtype, and if asked lse_BNT, float32: the natural log of the sum of exponentials. Where a
         query sees nothing, out is 0, lse -inf, and gradients are 0.
 
-    Raises: Unable, if the demanded backend cannot do exactly this.
+    Raises: Unable, if the demanded backend cannot do exactly this; ValueError for arguments that nothing can.
     """
     B, T, N, H = q_BTNH.shape
     S, K, U = v_BSKU.shape[1:]
     _check_shapes(q_BTNH, k_BSKH, v_BSKU, mask)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be positive; None has no cap")
+    if dropout is not None and not 0 <= dropout.rate < 1:
+        raise ValueError(f"dropout.rate={dropout.rate} must be at least 0 and below 1")
     chip = Chip.of(jax.devices()[0]) if chip is None else chip
     asked = Question(
         chip=chip,
@@ -130,9 +134,11 @@ def flash_attention(
 
 def with_sinks(out_BTNU: jax.Array, lse_BNT: jax.Array, sinks_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same attention beside one more key per head, with the sink as its logit and a value of 0."""
-    sunk_BNT = jnp.logaddexp(lse_BNT, sinks_N.astype(jnp.float32)[:, None])
-    share_BTN = jnp.swapaxes(jnp.exp(lse_BNT - sunk_BNT), 1, 2)
-    return (out_BTNU * share_BTN[..., None]).astype(out_BTNU.dtype), sunk_BNT
+    sink_N1, blind_BNT = sinks_N.astype(jnp.float32)[:, None], lse_BNT == -jnp.inf
+    lse_BNT = jnp.where(blind_BNT, 0.0, lse_BNT)  # a sink may be -inf too: no sink
+    sunk_BNT = jnp.logaddexp(lse_BNT, sink_N1)
+    share_BTN = jnp.swapaxes(jnp.where(blind_BNT, 0.0, jnp.exp(lse_BNT - sunk_BNT)), 1, 2)
+    return (out_BTNU * share_BTN[..., None]).astype(out_BTNU.dtype), jnp.where(blind_BNT, sink_N1, sunk_BNT)
 
 
 @lru_cache
@@ -159,7 +165,12 @@ def choose(backend: BackendName, asked: Question) -> BackendName:
 
 def cannot(name: BackendName, asked: Question) -> str | None:
     """Why a backend cannot do exactly this; None if it can."""
-    return None if name in ("plain", "chunked") else module(name).cannot(asked)
+    if name in ("plain", "chunked"):
+        return None
+    terms = len(asked.mask.conjunctions(own=not asked.key_segments))
+    if name in ("hopper", "tpu") and terms > MOST_TERMS:
+        return f"its lists of tiles tell {MOST_TERMS} terms apart, and the mask has {terms}"
+    return module(name).cannot(asked)
 
 
 def module(name: BackendName) -> ModuleType:

@@ -1,7 +1,7 @@
 """Flash attention without a kernel: loops over tiles in plain JAX, on every platform, with every feature.
 
-Memory is that of a tile of scores, and tiles that no query sees are not visited. XLA keeps a tile's scores in memory,
-so a real kernel is quicker where there is one.
+Memory is that of a tile of scores. A query tile visits one range of key tiles, around all that is seen: what a pattern
+hides within is masked. XLA keeps a tile's scores in memory, so a real kernel is quicker where there is one.
 """
 
 from dataclasses import dataclass

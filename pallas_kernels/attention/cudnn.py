@@ -21,7 +21,7 @@ def cannot(asked: Question) -> str | None:
     if asked.queries != asked.keys or asked.positions:
         return "it is used only where queries and keys are the same tokens in order"
     if _arguments(asked.mask) is None:
-        return f"of masks it knows Full, Causal and Window, not {asked.mask}"
+        return f"of masks it knows Full, Causal and Window(before), not {asked.mask}"
     if asked.dropout or asked.softcap or asked.lse:
         missing = "dropout" if asked.dropout else "soft-cap" if asked.softcap else "lse (sinks need it)"
         return f"it has no {missing}"
@@ -36,14 +36,12 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKU: jax.Array, mask: BoundM
 
 
 def _arguments(mask: Mask) -> dict | None:
-    """The mask in cuDNN's terms, or None."""
+    """The mask in cuDNN's terms, or None. It has windows only backward and only beside its causal mask."""
     match mask:
         case Full():
             return {}
         case Causal():
             return {"is_causal": True}
-        case Window(before, after):
-            return {"local_window_size": (before, after)}
-        case Both(Causal(), Window(before, _)) | Both(Window(before, _), Causal()):
+        case Window(before, 0) | Both(Causal(), Window(before, _)) | Both(Window(before, _), Causal()):
             return {"is_causal": True, "local_window_size": (before, 0)}
     return None

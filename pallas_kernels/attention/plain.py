@@ -19,10 +19,7 @@ def plain_attention(
     B, T, N, _ = q_BTNH.shape
     s_BKGTS = _scores(q_BTNH, k_BSKH, scores)
     seen_BTS = mask.dense()
-    p_BKGTS, lse_BKGT = _probabilities(s_BKGTS, seen_BTS)
-    if seen_BTS is not None and mask.may_be_blind():
-        p_BKGTS = jnp.where(jnp.any(seen_BTS, -1)[:, None, None, :, None], p_BKGTS, 0.0)
-        lse_BKGT = jnp.where(jnp.any(seen_BTS, -1)[:, None, None, :], lse_BKGT, -jnp.inf)
+    p_BKGTS, lse_BKGT = _probabilities(s_BKGTS, seen_BTS, mask.may_be_blind())
     if noise is not None:
         keep = noise.keep(scores.dropout, noise.query_T, noise.key_S, p_BKGTS.shape[2])
         p_BKGTS = jnp.where(keep, p_BKGTS / (1.0 - scores.dropout), 0.0)
@@ -34,7 +31,7 @@ def cached_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`plain_attention` of queries to the slots of a cache: `seen_BTS` says which of them each query sees."""
     B, T, N, _ = q_BTNH.shape
-    p_BKGTS, lse_BKGT = _probabilities(_scores(q_BTNH, k_BSKH, scores), seen_BTS)
+    p_BKGTS, lse_BKGT = _probabilities(_scores(q_BTNH, k_BSKH, scores), seen_BTS, True)
     return _mix(p_BKGTS, v_BSKU), lse_BKGT.reshape(B, N, T)
 
 
@@ -45,10 +42,14 @@ def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array, scores: Scores) -> jax.Array:
     return capped(scores, jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32))[0]
 
 
-def _probabilities(s_BKGTS: jax.Array, seen_BTS: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _probabilities(s_BKGTS: jax.Array, seen_BTS: jax.Array | None, may_be_blind: bool) -> tuple[jax.Array, jax.Array]:
     if seen_BTS is not None:
         s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, HIDDEN)
-    return jax.nn.softmax(s_BKGTS, axis=-1), jax.nn.logsumexp(s_BKGTS, axis=-1)
+    p_BKGTS, lse_BKGT = jax.nn.softmax(s_BKGTS, axis=-1), jax.nn.logsumexp(s_BKGTS, axis=-1)
+    if seen_BTS is not None and may_be_blind:
+        sees_B11T = jnp.any(seen_BTS, -1)[:, None, None]
+        p_BKGTS, lse_BKGT = jnp.where(sees_B11T[..., None], p_BKGTS, 0.0), jnp.where(sees_B11T, lse_BKGT, -jnp.inf)
+    return p_BKGTS, lse_BKGT
 
 
 def _mix(p_BKGTS: jax.Array, v_BSKU: jax.Array) -> jax.Array:

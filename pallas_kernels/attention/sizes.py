@@ -13,7 +13,7 @@ TABLE = Path(__file__).with_name("sizes.json")
 
 def sizes_for(kernel: Any, asked: Question) -> Any:
     """The `Sizes` of a kernel's module: the tuned ones of the nearest shorter length for this chip, dtype and head
-    sizes, or its `default_sizes`.
+    sizes, or its `default_sizes`; those too for dropout and soft-cap, which are not tuned for and need more room.
 
     A pure function of the question and of a file that is part of the program: every process chooses alike.
     """
@@ -25,7 +25,7 @@ def sizes_for(kernel: Any, asked: Question) -> Any:
         if wanted == (entry["backend"], entry["dtype"], entry["head_size"], entry["value_size"])
         and entry["queries"] <= asked.queries
     ]
-    if not near:
+    if not near or asked.dropout or asked.softcap:
         return kernel.default_sizes(asked)
     return kernel.Sizes(**max(near, key=lambda entry: entry["queries"])["sizes"])
 
