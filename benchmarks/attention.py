@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import BackendName, Chip, Unable, flash_attention
+from pallas_kernels.attention import BackendName, Chip, Unable, flash_attention, module
 from pallas_kernels.masks import Blocks, Causal, Documents, Full, Mask, bind
 from pallas_kernels.patterns import Chosen, LocalGlobal
 from tests import attention_oracle
@@ -107,6 +107,12 @@ def ours(name: BackendName, shape: Shape, arrays: list[jax.Array]) -> Timed:
     if name == "plain" and shape.time > 4096:
         raise Unable("its scores would need too much memory")
     return jitted(attend, arrays)
+
+
+def fused(shape: Shape, arrays: list[jax.Array]) -> Timed:
+    """Hopper's other backward pass, which is not deterministic."""
+    sizes = module("hopper").Sizes(fused=True)
+    return jitted(lambda q, k, v: flash_attention(q, k, v, shape.bound(), backend="hopper", sizes=sizes), arrays)
 
 
 def jitted(attend: Callable, arrays: list[jax.Array]) -> Timed:
@@ -285,12 +291,13 @@ def main() -> None:
     rivals: dict[str, Callable[[Shape, list[jax.Array]], Timed]] = {"tokamax": tokamax}
     rivals |= {f"torch {name}": partial(torch_rival, name) for name in torch_names}
     rivals |= {name: partial(ours, name) for name in OURS}
+    rivals["hopper, fused"] = fused
     for shape in shapes(small, flags.quick):
         arrays, flops = inputs(shape, dtype), shape.flops()
         for name, rival in rivals.items():
             try:
                 forward_s, both_s = (seconds(f, flags.seconds) for f in rival(shape, arrays))
-            except (Unable, ImportError, NotImplementedError):
+            except (Unable, ImportError, NotImplementedError, ValueError):
                 continue  # what cannot do this, or is not installed
             except Exception as error:
                 lines.append(

@@ -47,7 +47,7 @@ def main() -> None:
                 _, both = jitted(partial(_attend, shape, flags.backend, sizes), arrays)
                 try:
                     took = seconds(both, flags.seconds)
-                except jax.errors.JaxRuntimeError as error:  # too much shared memory, or VMEM
+                except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:  # too large for the chip
                     print(f"| {head} | {T} | {sizes} | failed: {str(error).splitlines()[0][:60]} |", flush=True)
                     continue
                 found[sizes] = took

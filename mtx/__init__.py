@@ -11,7 +11,8 @@ weight's dimensions are declared with them (`DIMENSIONS` maps a letter to the na
     t time of one chunk (x: the chunks)
 
 Modules may import only those before them: errors, command, processes, mesh, layout, spmd, hlo, layers, attention,
-model, losses, optim, step, decode, checkpoint, metrics, config, train, then the verbs. That is also the reading order.
+model, losses, optim, pipeline, step, decode, checkpoint, metrics, config, train, then the verbs. That is
+also the reading order.
 """
 
 import sys

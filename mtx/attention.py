@@ -25,6 +25,7 @@ from pallas_kernels.attention import (
     cached_attention,
     choose,
     flash_attention,
+    refuse,
     with_sinks,
 )
 from pallas_kernels.masks import FAR, Blocks, Causal, Documents, Full, Mask, Window, bind
@@ -198,7 +199,7 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except Unable as error:
-        raise ConfigError(f"model.attention.{error}") from None
+        raise ConfigError(str(error).replace("backend=", "model.attention.backend=")) from None
 
 
 def choose_backend(
@@ -211,8 +212,9 @@ def choose_backend(
     rows: int,
     time: int,
     dropout: float,
+    there: bool = True,
 ) -> BackendName:
-    """The backend that a call of these shapes will take, before anything is traced. Says which, once.
+    """The backend that a call of these shapes will take, before anything is traced. If the chip is there, says which.
 
     Raises: ConfigError if a demanded backend cannot do exactly what is asked, naming why and one that can.
     """
@@ -232,4 +234,7 @@ def choose_backend(
         lse=config.sinks,
     )
     with refusing():
-        return choose(config.backend, asked)
+        if there:
+            return choose(config.backend, asked)
+        refuse(config.backend, asked)
+    return config.backend

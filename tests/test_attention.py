@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from hypothesis import given as given_by
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from benchmarks import kernel_table
 from mtx import decode, hlo
@@ -25,8 +28,9 @@ from mtx.spmd import Compiled, Manual
 from pallas_kernels import attention as door
 from pallas_kernels.attention import LSE, OUT, Chip, Dropout, Unable, chunked, cudnn, flash_attention, sizes
 from pallas_kernels.attention.flash import Noise
-from pallas_kernels.masks import FAR, MOST_TERMS, Blocks, Causal, Documents, Full, Mask, Prefix, Window, bind
+from pallas_kernels.masks import FAR, Blocks, Causal, Documents, Full, Mask, Prefix, Window, bind
 from pallas_kernels.patterns import BigBird, Chosen, LocalGlobal
+from pallas_kernels.visible import MOST_TERMS
 
 CPU = Chip("cpu")
 H200, A100, T4 = (
@@ -81,7 +85,7 @@ def pairwise(factors: tuple[tuple, ...]) -> list[Case]:
 FACTORS = (
     ("plain", "chunked"),
     tuple(MASKS),
-    ((1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (129, 129), (129, 65), (1, 63), (64, 129)),
+    ((1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (129, 129), (129, 65), (1, 63), (64, 129), (1000, 1000)),
     ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)),
     ((2, 2), (4, 1), (6, 2)),
     ("", "softcap", "sinks", "dropout"),
@@ -189,10 +193,25 @@ def test_contract_at_random(seed: int):
     check(Case(*(values[random.integers(len(values))] for values in FACTORS)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mask", MASKS)
-def test_contract_of_a_thousand(mask: str):
-    check(Case("chunked", mask, (1000, 1000), (64, 64), (4, 2), "", "bfloat16"))
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given_by(
+    borders=st.lists(st.lists(st.integers(1, 47), max_size=6), min_size=2, max_size=2),
+    blocks=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=6, max_size=6),
+)
+def test_any_packing_and_any_blocks(borders: list[list[int]], blocks: list[list[bool]]):
+    """Documents of any lengths, and any matrix of blocks of 8, by tiles of 12 x 20."""
+    case = LONG._replace(lengths=(48, 48), sizes=(8, 8))
+    given, segments = inputs(case), 1 + np.stack([np.sum(np.arange(48)[:, None] >= sorted(row), 1) for row in borders])
+    pattern = Chosen(block=8, rows=tuple(map(tuple, blocks)))
+    mask = bind(PACKED & Blocks(pattern), 48, segments=jnp.asarray(segments))
+    seen = (segments[:, :, None] == segments[:, None]) & np.tri(48, dtype=bool) & np.kron(blocks, np.ones((8, 8), bool))
+    arrays = [given[name] for name in ("q", "k", "v", "dout", "dlse")]
+    q, k, v, dout, dlse = arrays
+    wanted = oracle.attend(q, k, v, seen, dout, dlse, scale=8**-0.5)
+    attend = partial(flash_attention, mask=mask, backend="chunked", sizes=chunked.Sizes(12, 20), with_lse=True)
+    found, back = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+    for x, y in zip((*found, *back((dout, dlse))), wanted, strict=False):
+        assert oracle.error(np.asarray(x), y) <= 1e-5
 
 
 LONG = Case("chunked", "packed", (96, 96), (64, 64), (4, 2), "", "float32")
@@ -482,6 +501,8 @@ def test_shapes_that_do_not_fit_are_refused():
     q = jnp.zeros((1, 4, 4, 8))
     with pytest.raises(ValueError, match="K divide N"):
         flash_attention(q, q[:, :, :3], q[:, :, :3], bind(Causal(), 4))
+    with pytest.raises(ValueError, match=r"scale=0\.0 must be positive"):
+        flash_attention(q, q, q, bind(Causal(), 4), scale=0.0)
     with pytest.raises(ValueError, match="bound to 5 queries and 5 keys; q has 4, k has 4"):
         flash_attention(q, q, q, bind(Causal(), 5))
 

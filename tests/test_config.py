@@ -214,11 +214,14 @@ MISTAKES = {
             "model.attention.heads=4 mesh.model=8",
             "model.attention.heads=4 does not divide over mesh.model=8; try model.attention.heads=8 or 16, or mesh",
         ),
-        ("model.attention.backend=flash", "must be one of auto, plain, cudnn, splash; did you mean splash?"),
+        (
+            "model.attention.backend=flash",
+            "must be one of auto, plain, chunked, cudnn, hopper, splash, tpu; did you mean splash?",
+        ),
         (
             "model.attention.backend=cudnn",
-            "model.attention.backend=cudnn cannot do this: it does not see document borders "
-            "(data.isolate_documents=false has none); use model.attention.backend=plain, or auto",
+            "model.attention.backend=cudnn cannot do this: of masks it knows Full, Causal and Window(before), not "
+            "Causal() & Documents(); use model.attention.backend=hopper, or auto.",
         ),
     ],
     "LayerNorm": [

@@ -281,14 +281,12 @@ def test_results_vary_over_the_mesh_axes_of_the_inputs():
     assert [x.shape for x in jax.eval_shape(gradients, *shapes)] == [x.shape for x in shapes]
 
 
-def test_candidates_are_what_can_be_run():
-    def fused(head_size: int, **more) -> list[hopper.Sizes]:
-        question = replace(asked((head_size, head_size), "bfloat16", Causal()), **more)
-        return [sizes for sizes in hopper.candidates(question) if sizes.fused]
+def test_tuning_tries_what_is_deterministic():
+    found = hopper.candidates(asked((128, 128), "bfloat16", Causal()))
+    assert len(set(found)) == len(found) == 32 and not any(sizes.fused for sizes in found)
 
-    assert bool(fused(128)) == bool(fused(80)) == shim.REFS_IN_GPU_KERNELS
-    assert not fused(64) and not fused(128, dropout=True)
-    assert all(sizes.backward_stages >= 2 for sizes in fused(128))
+
+def test_sizes_that_the_kernels_cannot_take_are_refused():
     with pytest.raises(ValueError, match="64 or 128"):
         hopper.Sizes(dq_keys=256)
 

@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from pallas_kernels.masks import (
     FAR,
-    FULL,
-    MOST_TERMS,
     Blocks,
     BoundMask,
     Causal,
@@ -17,12 +15,12 @@ from pallas_kernels.masks import (
     Full,
     Mask,
     Prefix,
-    Visible,
     Window,
     bind,
     misfit,
 )
 from pallas_kernels.patterns import BigBird, Chosen, Fixed, LocalGlobal, Longformer, Pattern, Strided
+from pallas_kernels.visible import FULL, MOST_TERMS, Visible
 
 PATTERNS = [
     Fixed(block=4, stride=2),
@@ -87,6 +85,7 @@ def test_lowered_is_as_defined(mask, T, S, explicit, seed):
     np.testing.assert_array_equal(np.broadcast_to(visible.dense(), dense.shape), dense)
     check_by_key(visible)
     check_tiles(visible, dense)
+    check_shown(visible, dense)
     if visible.is_interval:
         check_ranges(visible, dense)
     if not one.unseen_keys():
@@ -121,6 +120,15 @@ def check_tiles(visible: Visible, dense: np.ndarray) -> None:
                 part = rows[:, j * other : (j + 1) * other]
                 assert j in listed or not part.any(), "a tile that shows something is not listed"
                 assert not listed.get(j, 0) & FULL or (part.all() and part.shape == (tile, other)), "not full"
+
+
+def check_shown(visible: Visible, dense: np.ndarray) -> None:
+    """Tiles of any size, unlike a pattern's: no tile that shows something is left out, nor much visited in vain."""
+    for tile, other in ((3, 5), (8, 16)):
+        shown, seen = np.asarray(visible.shown(tile, other)), np.any(dense, axis=0)
+        for q, j in np.ndindex(*shown.shape):
+            assert shown[q, j] or not seen[q * tile : (q + 1) * tile, j * other : (j + 1) * other].any()
+        assert shown.any() or not seen.any()
 
 
 def check_ranges(visible: Visible, dense: np.ndarray) -> None:
@@ -162,6 +170,8 @@ def test_whole_tiles_are_skipped():
     assert np.asarray(ranges.stop - ranges.start).tolist() == [[1] + [2] * 7]
     causal = bind(Causal(), 32).visible().ranges(4, 4)
     assert np.asarray(causal.full_stop - causal.full_start).tolist() == [list(range(8))]
+    shown = bind(Blocks(LocalGlobal(block=4, window=0, globals=1)), 32).visible().shown(8, 2)
+    assert np.asarray(shown.sum(1)).tolist() == [16, 6, 6, 6]
     listed = bind(Blocks(LocalGlobal(block=4, window=0, globals=1)), 32).visible().tiles(4, 4)
     assert np.asarray(listed.count_BQ).tolist() == [[8] + [2] * 7]
     assert (np.asarray(listed.code_BQJ) & FULL).all()

@@ -242,7 +242,7 @@ def _backend(case: _Case) -> Iterator[str]:
     mask = config.model.attention.mask(causal=config.model.causal, documents=config.data.isolate_documents)
     dtype = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
     length, rate = config.batch.sequence_length, config.model.attention_dropout
-    sizes = {"rows": 1, "time": length, "dropout": rate}
+    sizes = {"rows": 1, "time": length, "dropout": rate, "there": False}
     try:
         attention.choose_backend(config.model.attention, chip, dtype, config.model.head_size, mask, **sizes)
     except ConfigError as error:

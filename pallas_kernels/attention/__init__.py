@@ -16,12 +16,13 @@ from pallas_kernels.attention.flash import LSE, OUT, Noise, Scores, flash
 from pallas_kernels.attention.plain import cached_attention, plain_attention
 from pallas_kernels.attention.question import Chip, Question
 from pallas_kernels.attention.sizes import sizes_for
-from pallas_kernels.masks import MOST_TERMS, BoundMask, Documents
+from pallas_kernels.masks import BoundMask, Documents
 from pallas_kernels.threefry import Words
+from pallas_kernels.visible import MOST_TERMS
 
 __all__ = [
     "LSE", "OUT", "BackendName", "Chip", "Dropout", "Question", "Scores", "Unable", "cached_attention", "cannot",
-    "choose", "flash_attention", "module", "with_sinks",
+    "choose", "flash_attention", "module", "refuse", "with_sinks",
 ]  # fmt: skip
 
 BackendName = Literal["auto", "plain", "chunked", "cudnn", "hopper", "splash", "tpu"]
@@ -89,6 +90,8 @@ def flash_attention(
         raise ValueError(f"softcap={softcap} must be positive; None has no cap")
     if dropout is not None and not 0 <= dropout.rate < 1:
         raise ValueError(f"dropout.rate={dropout.rate} must be at least 0 and below 1")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale={scale} must be positive")
     chip = Chip.of(jax.devices()[0]) if chip is None else chip
     asked = Question(
         chip=chip,
@@ -147,20 +150,32 @@ def choose(backend: BackendName, asked: Question) -> BackendName:
 
     Raises: Unable, if the demanded backend cannot do exactly what is asked, naming why and one that can.
     """
-    reasons: dict[BackendName, str] = {}
-    for chosen in _order(asked):
-        if (reason := cannot(chosen, asked)) is None:
-            break
-        reasons[chosen] = reason
+    refuse(backend, asked)
+    chosen, why = _first_able(asked)
     if backend != "auto":
-        if (reason := cannot(backend, asked)) is not None:
-            raise Unable(f"backend={backend} cannot do this: {reason}; use backend={chosen}, or auto.")
-        _say_once(logging.INFO, f"attention: {backend} (asked for)")
-        return backend
-    why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
+        chosen, why = backend, "asked for"
+    if [c.patterns for c in asked.mask.conjunctions(own=not asked.key_segments)] != [frozenset()]:
+        why = "; ".join(filter(None, ["by lists of tiles: the mask is not one interval", why]))
     slow = chosen in ("plain", "chunked") and asked.chip.platform != "cpu"
     _say_once(logging.WARNING if slow else logging.INFO, f"attention: {chosen}{f' ({why})' if why else ''}")
     return chosen
+
+
+def refuse(backend: BackendName, asked: Question) -> None:
+    """Raises: Unable, if a demanded backend cannot do exactly what is asked, naming why and one that can."""
+    if backend != "auto" and (reason := cannot(backend, asked)) is not None:
+        able, _ = _first_able(asked)
+        raise Unable(f"backend={backend} cannot do this: {reason}; use backend={able}, or auto.")
+
+
+def _first_able(asked: Question) -> tuple[BackendName, str]:
+    """The first backend for this chip that can, and why not those before it."""
+    reasons: dict[BackendName, str] = {}
+    for name in _order(asked):
+        if (reason := cannot(name, asked)) is None:
+            return name, "; ".join(f"not {other}: {why}" for other, why in reasons.items())
+        reasons[name] = reason
+    raise AssertionError("chunked and plain can do all")
 
 
 def cannot(name: BackendName, asked: Question) -> str | None:

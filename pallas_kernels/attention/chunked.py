@@ -1,7 +1,7 @@
 """Flash attention without a kernel: loops over tiles in plain JAX, on every platform, with every feature.
 
-Memory is that of a tile of scores. A query tile visits one range of key tiles, around all that is seen: what a pattern
-hides within is masked. XLA keeps a tile's scores in memory, so a real kernel is quicker where there is one.
+Memory is that of a tile of scores. A query tile visits the key tiles that some row of the batch shows it. XLA keeps a
+tile's scores in memory, so a real kernel is quicker where there is one.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.attention.flash import Grads, Noise, Scores, capped
 from pallas_kernels.attention.question import Question
-from pallas_kernels.masks import Visible
+from pallas_kernels.visible import Visible
 
 _HIDDEN = -1e30
 
@@ -85,12 +85,13 @@ def forward(
     """See `flash.Kernel`."""
     B, T, N, _ = q.shape
     x = _Tiled.of(q, k, v, mask, noise, scores, sizes)
-    visits = mask.span(x.sizes.q, x.sizes.k)
+    visited = mask.shown(x.sizes.q, x.sizes.k)
+    index, count = jnp.argsort(~visited, axis=1, stable=True), jnp.sum(visited, axis=1)
     shape = (*x.q_BKGTH.shape[:3], x.sizes.q)
 
     def tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def visit(j: jax.Array, carry):
-            out_BKGtU, total_BKGt, top_BKGt = carry
+        def visit(n: jax.Array, carry):
+            j, (out_BKGtU, total_BKGt, top_BKGt) = index[i, n], carry
             s_BKGts, _ = x.score(i, j)
             top = jnp.maximum(top_BKGt, jnp.max(s_BKGts, -1))
             p_BKGts = jnp.where(s_BKGts > _HIDDEN, jnp.exp(s_BKGts - top[..., None]), 0.0)
@@ -104,7 +105,7 @@ def forward(
             return out_BKGtU * shrink[..., None] + new, total_BKGt * shrink + jnp.sum(p_BKGts, -1), top
 
         start = (jnp.zeros((*shape, v.shape[3]), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, _HIDDEN))
-        out_BKGtU, total, top = lax.fori_loop(visits.start[0, i], visits.stop[0, i], visit, start)
+        out_BKGtU, total, top = lax.fori_loop(0, count[i], visit, start)
         blind = total == 0.0
         total = jnp.where(blind, 1.0, total)
         lse_BKGt = jnp.where(blind, -jnp.inf, top + jnp.log(total))
@@ -130,7 +131,8 @@ def backward(
     """See `flash.Kernel`. Five products per tile; keys' and values' gradients add up in the order of the queries."""
     B, T, N, H = q.shape
     x = _Tiled.of(q, k, v, mask, noise, scores, sizes)
-    visits = mask.span(x.sizes.q, x.sizes.k)
+    visited = mask.shown(x.sizes.q, x.sizes.k)
+    index, count = jnp.argsort(~visited, axis=1, stable=True), jnp.sum(visited, axis=1)
     dout_BKGTU = grouped(padded(dout_BTNU, x.sizes.q), k.shape[2])
     lse, delta = (padded(y, x.sizes.q, 2).reshape(*x.q_BKGTH.shape[:4]) for y in (lse_BNT, delta_BNT))
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -140,8 +142,8 @@ def backward(
         lse_BKGt, delta_BKGt = x.rows(lse, i), x.rows(delta, i)
         finite_BKGt = jnp.where(lse_BKGt == -jnp.inf, 0.0, lse_BKGt)
 
-        def visit(j: jax.Array, carry):
-            dq_BKGtH, dk_BKSH, dv_BKSU = carry
+        def visit(n: jax.Array, carry):
+            j, (dq_BKGtH, dk_BKSH, dv_BKSU) = index[i, n], carry
             s_BKGts, back = x.score(i, j)
             p_BKGts = jnp.where(s_BKGts > _HIDDEN, jnp.exp(s_BKGts - finite_BKGt[..., None]), 0.0)
             dv = product("BKGts,BKGtU->BKsU", x.dropped(p_BKGts, i, j).astype(v.dtype), dout_BKGtU)
@@ -155,7 +157,7 @@ def backward(
             )
 
         dq = jnp.zeros(q_BKGtH.shape, jnp.float32)
-        dq, *sums = lax.fori_loop(visits.start[0, i], visits.stop[0, i], visit, (dq, *sums))
+        dq, *sums = lax.fori_loop(0, count[i], visit, (dq, *sums))
         return tuple(sums), dq.astype(q.dtype)
 
     zeros = tuple(jnp.zeros(y.shape, jnp.float32) for y in (x.k_BKSH, x.v_BKSU))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.masks import Visible
 from pallas_kernels.threefry import Words, keep_mask, threefry2x32
+from pallas_kernels.visible import Visible
 
 OUT, LSE = "attention_out", "attention_lse"
 """Names of the forward pass's results for `jax.checkpoint` policies: saved, both, no kernel runs twice."""

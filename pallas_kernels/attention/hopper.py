@@ -16,8 +16,9 @@ from pallas_kernels.attention import hopper_backward, hopper_forward, hopper_fus
 from pallas_kernels.attention.flash import Grads, Noise, Scores
 from pallas_kernels.attention.hopper_tiles import GROUP
 from pallas_kernels.attention.question import Question
-from pallas_kernels.masks import Visible, misfit
+from pallas_kernels.masks import misfit
 from pallas_kernels.threefry import threefry2x32
+from pallas_kernels.visible import Visible
 
 WIDE = 320  # H + U up to which one warpgroup can hold dk and dv of 64 keys in registers
 
@@ -76,16 +77,12 @@ def default_sizes(asked: Question) -> Sizes:
 
 
 def candidates(asked: Question) -> list[Sizes]:
-    """What `benchmarks.tune_attention` tries; what does not fit fails there, by name."""
-    widths = {size + -size % 64 for size in (asked.head_size, asked.value_size)}
-    fusible = widths == {hopper_fused.HEAD} and not asked.dropout and shim.REFS_IN_GPU_KERNELS
+    """What `benchmarks.tune_attention` tries; what does not fit fails there, by name. All are deterministic."""
     choices = itertools.product((64, 128), (2, 3), (64, 128), (64, 128), (1, 2))
-    split = [
+    return [
         Sizes(forward_keys=f, forward_stages=n, dq_keys=dq, dkv_queries=dkv, backward_stages=m)
         for f, n, dq, dkv, m in choices
     ]
-    both = [s for s in split if (s.dq_keys, s.dkv_queries, s.backward_stages) == (64, 64, 2)]  # all that it looks at
-    return split + [replace(s, fused=True) for s in both if fusible]
 
 
 def forward(

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import shim
-from pallas_kernels.masks import FULL
+from pallas_kernels.visible import FULL
 
 GROUP = 64  # rows that one warpgroup owns: the height of a wgmma
 GROUPS = 2  # warpgroups that compute

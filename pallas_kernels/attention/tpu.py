@@ -32,8 +32,9 @@ from pallas_kernels.attention.tpu_tiles import (
     pad_to,
     range_plan,
 )
-from pallas_kernels.masks import Documents, Prefix, Visible
+from pallas_kernels.masks import Documents, Prefix
 from pallas_kernels.threefry import threefry2x32
+from pallas_kernels.visible import Visible
 
 SEES_NOTHING = 1e30
 """In base 2 and the place of lse = -inf: every exp2(score - lse) is 0."""
@@ -76,6 +77,23 @@ def default_sizes(asked: Question) -> Sizes:
     itemsize, most = jnp.dtype(asked.dtype).itemsize, 512 if asked.dropout else 1024
     kind, head, value = asked.chip.kind, asked.head_size, asked.value_size
     return largest_sizes(kind, head, value, itemsize, softcap=asked.softcap, most=most)
+
+
+def candidates(asked: Question) -> list[Sizes]:
+    """What `benchmarks.tune_attention` tries; what does not fit VMEM fails there, by name."""
+    tiles = [(512, 512), (512, 1024), (1024, 512), (1024, 1024), (256, 512), (512, 256)]
+    return [
+        Sizes(
+            forward_query=forward[0],
+            forward_key=forward[1],
+            dq_query=backward[0],
+            dq_key=backward[1],
+            dkv_query=backward[0],
+            dkv_key=backward[1],
+        )
+        for forward in tiles
+        for backward in tiles
+    ]
 
 
 def forward(

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.tpu_tiles import TERM, Plan
-from pallas_kernels.masks import FULL
+from pallas_kernels.visible import FULL
 
 LOG2_E = math.log2(math.e)
 HIDDEN = -1e30

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.masks import FULL, Ranges, Tiles
+from pallas_kernels.visible import FULL, Ranges, Tiles
 
 LANES = 128
 TERM = 20
