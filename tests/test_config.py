@@ -224,6 +224,39 @@ MISTAKES = {
             "Causal() & Documents(); use model.attention.backend=hopper, or auto.",
         ),
     ],
+    "Fixed": [
+        (
+            "model.attention.pattern=Fixed model.attention.pattern.summary=9",
+            "model.attention.pattern.summary=9",
+        ),
+    ],
+    "Strided": [
+        (
+            "model.attention.pattern=Strided model.attention.pattern.stride=0",
+            "model.attention.pattern.stride=0 must be at least 1.",
+        ),
+    ],
+    "LocalGlobal": [
+        (
+            "model.attention.pattern=LocalGlobal model.attention.pattern.window=-1",
+            "model.attention.pattern.window=-1 must be at least 0.",
+        ),
+    ],
+    "Longformer": [
+        (
+            "model.attention.pattern=Longformer model.attention.pattern.dilation=0",
+            "model.attention.pattern.dilation=0 must be at least 1.",
+        ),
+    ],
+    "BigBird": [
+        (
+            "model.attention.pattern=BigBird model.attention.pattern.randm=2",
+            "did you mean model.attention.pattern.random?",
+        ),
+    ],
+    "Chosen": [
+        ("model.attention.pattern=Chosen", "rows"),
+    ],
     "LayerNorm": [
         ("model.norm.epsilon=0", "model.norm.epsilon=0.0 must be positive."),
     ],
