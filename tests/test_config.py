@@ -970,6 +970,16 @@ def test_differences_name_path_and_both_values(load):
     assert not [row for row in found if row[0].startswith(("model", "optimizer.schedule"))]
 
 
+def test_a_field_that_is_younger_than_a_run_had_its_default(load):
+    old = configs.dump(load().config)
+    del old["model"]["attention"]["window"]
+    assert configs.differences(old, load().config) == []
+    changed = load("model.attention.window=9").config
+    assert configs.differences(old, changed) == [("model.attention.window", "None", "9")]
+    gone = old | {"of_an_older_version": 1}
+    assert ("of_an_older_version", "1", "(absent)") in configs.differences(gone, load().config)
+
+
 def test_the_run_folder_holds_what_is_needed_to_repeat_the_run(load, tmp_path):
     loaded = load("steps=9 optimizer=Lion")
     folder = tmp_path / "run"

@@ -56,10 +56,21 @@ def flat(dumped: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(dotted path, old value, new value) wherever two configs, or dumps of configs, differ."""
-    a, b = (flat(c if isinstance(c, Mapping) else dump(c)) for c in (old, new))
+    """(dotted path, old value, new value) wherever two configs, or dumps of configs, differ.
+
+    A field that is younger than a dump is taken to have had its default there.
+    """
+    a, b = (flat(_completed(c) if isinstance(c, Mapping) else dump(c)) for c in (old, new))
     shown = [(path, _text(a, path), _text(b, path)) for path in a | b]
     return [(path, x, y) for path, x, y in shown if x != y]
+
+
+def _completed(dumped: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the fields that are younger than it, unless this version cannot read it."""
+    try:
+        return dump(read_dump(dumped))
+    except (KeyError, TypeError):
+        return dumped
 
 
 def _text(values: Mapping[str, Any], path: str) -> str:
