@@ -28,12 +28,12 @@ def command(workdir: Path, *words: str) -> list[str]:
     return [sys.executable, "main.py", *config, *small, f"workdir={workdir}", *words]
 
 
-def begin(workdir: Path, *words: str, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen:
+def begin(workdir: Path, *words: str, cwd: Path = ROOT, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen:
     """`ignored`: what the run inherits as ignored, as under nohup."""
     argv = command(workdir, *words)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
     try:
-        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
