@@ -83,15 +83,16 @@ def pairwise(factors: tuple[tuple, ...]) -> list[Case]:
 
 
 FACTORS = (
-    ("plain", "chunked"),
+    ("chunked",),
     tuple(MASKS),
-    ((1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (129, 129), (129, 65), (1, 63), (64, 129), (1000, 1000)),
+    ((1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (129, 129), (129, 65), (1, 63), (64, 129)),
     ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)),
     ((2, 2), (4, 1), (6, 2)),
     ("", "softcap", "sinks", "dropout"),
     ("float32", "bfloat16"),
 )
 DEFAULT = pairwise(FACTORS)
+PLAIN = [case._replace(backend="plain", dtype="float32") for case in DEFAULT[::6]]
 
 
 def inputs(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
@@ -172,18 +173,35 @@ def check(case: Case) -> None:
         return [np.asarray(x, np.float64) for x in out]
 
     wanted_lse = np.where(np.isfinite(wanted.lse_BNT), wanted.lse_BNT, -np.inf)
-    found, simple = run(case.backend, dtype), run("plain", jnp.bfloat16)
+    found = run(case.backend, dtype)
+    simple = run("plain", dtype) if case.dtype == "bfloat16" and case.backend != "plain" else found
     for name, x, y, z in zip(wanted._fields, found, simple, wanted._replace(lse_BNT=wanted_lse), strict=True):
         if name == "dsinks_N" and case.extra != "sinks":
             continue
-        assert oracle.error(y, z) <= BFLOAT16, f"{name}: plain itself is off by {oracle.error(y, z):.1e}"
-        bound_ = 1e-5 if case.dtype == "float32" else 2 * oracle.error(y, z) + 1e-5
-        assert oracle.error(x, z) <= bound_, f"{name}: off by {oracle.error(x, z):.1e}, more than {bound_:.1e}"
+        allowed = 1e-5
+        if case.dtype == "bfloat16":
+            assert oracle.error(y, z) <= BFLOAT16, f"{name}: plain itself is off by {oracle.error(y, z):.1e}"
+            allowed += 2 * oracle.error(y, z)
+            if name == "dsinks_N":  # a sum over all queries of terms that cancel, made of an `out` that is rounded
+                allowed = BFLOAT16
+        assert oracle.error(x, z) <= allowed, f"{name}: off by {oracle.error(x, z):.1e}, more than {allowed:.1e}"
 
 
-@pytest.mark.parametrize("case", DEFAULT, ids=str)
+@pytest.mark.parametrize("case", [*DEFAULT, *PLAIN], ids=str)
 def test_contract(case: Case):
     check(case)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "packed",
+        "bigbird packed",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in MASKS if "packed" not in name),
+    ],
+)
+def test_contract_of_a_thousand(mask: str):
+    check(Case("chunked", mask, (1000, 1000), (64, 64), (4, 2), "", "bfloat16"))
 
 
 @pytest.mark.slow
