@@ -610,9 +610,24 @@ def collectives(backend: str, devices: list, mesh: tuple[int, int, int], partiti
     return Counter((c.kind, c.axes, c.dtype, c.bytes, len(c.loops)) for c in found)
 
 
-@pytest.mark.parametrize("partition", [Manual(), Compiled()], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize(
-    "backend", ["chunked", *(pytest.param(name, marks=pytest.mark.aot) for name in ("hopper", "tpu", "splash"))]
+    ("backend", "partition"),
+    [
+        ("chunked", Manual()),
+        ("chunked", Compiled()),
+        *(
+            pytest.param(backend, partition, marks=[pytest.mark.aot, *([pytest.mark.slow] if again else [])])
+            for backend, partition, again in (
+                ("hopper", Manual(), False),
+                ("hopper", Compiled(), True),
+                ("tpu", Manual(), True),
+                ("tpu", Compiled(), False),
+                ("splash", Manual(), False),
+                ("splash", Compiled(), True),
+            )
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_no_kernel_gathers_what_it_is_given(backend: str, partition):
     """The train step communicates what it does with plain attention, tensor by tensor, on the chip's own compiler."""
@@ -623,10 +638,16 @@ def test_no_kernel_gathers_what_it_is_given(backend: str, partition):
     assert found == wanted
 
 
+COMPILED = [*itertools.product([(1, 8, 1), (1, 2, 4)], [False, True], ["splash", "tpu"])]
+USUAL = [((1, 8, 1), False, "splash"), ((1, 2, 4), True, "tpu")]
+
+
 @pytest.mark.aot
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 2, 4)], ids=str)
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("backend", ["splash", "tpu"])
+@pytest.mark.parametrize(
+    ("mesh", "documents", "backend"),
+    [pytest.param(*case, marks=() if case in USUAL else pytest.mark.slow) for case in COMPILED],
+    ids=str,
+)
 def test_kernels_compile_in_the_train_step_for_a_tpu(mesh: tuple[int, int, int], documents: bool, backend: str):
     """Forward and backward, under remat, with grouped keys, on the chips that are not here."""
     attention = AttentionConfig(heads=8, kv_heads=4, head_size=128, backend=backend)

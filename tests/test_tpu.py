@@ -522,8 +522,10 @@ def test_forward_and_backward_compile_within_the_vmem_of_every_chip(chip: str, h
     "changes",
     [
         {"mask": (STRIDED | Window(100)) & Documents(), "softcap": 30.0, "head_size": 80, "value_size": 96},
-        {"dropout": True, "mask": Causal()},
-        {"dtype": "float32", "head_size": 256, "value_size": 256, "softcap": 30.0},
+        pytest.param({"dropout": True, "mask": Causal()}, marks=pytest.mark.slow),
+        pytest.param(
+            {"dtype": "float32", "head_size": 256, "value_size": 256, "softcap": 30.0}, marks=pytest.mark.slow
+        ),
     ],
     ids=["lists", "dropout", "float32"],
 )
