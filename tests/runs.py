@@ -29,9 +29,10 @@ def command(workdir: Path, *words: str) -> list[str]:
 
 
 def begin(workdir: Path, *words: str, cwd: Path = ROOT, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen:
-    """`ignored`: what the run inherits as ignored, as under nohup."""
+    """`ignored`: what the run inherits as ignored, as nohup does; not what the tests were started with."""
     argv = command(workdir, *words)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {n: signal.signal(n, signal.SIG_IGN if n in ignored else signal.SIG_DFL) for n in stops}
     try:
         return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     finally:

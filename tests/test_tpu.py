@@ -559,6 +559,7 @@ def test_splash_compiles_on_four_chips(mask):
     assert text.count('custom_call_target="tpu_custom_call"') == 3 and not COLLECTIVE.findall(text)
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 def test_a_ring_on_four_chips_only_passes_on():
     asked = question(chip=Chip("tpu", "TPU v5"), queries=4096, keys=4096)
