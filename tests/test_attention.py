@@ -91,7 +91,7 @@ FACTORS = (
     ("", "softcap", "sinks", "dropout"),
     ("float32", "bfloat16"),
 )
-# Of a single token, plain attention is almost exact in bfloat16 too, and delta from a rounded `out` is not: float32 there.
+# Of one token plain attention is almost exact in bfloat16 too, and delta from a rounded `out` is not: float32.
 DEFAULT = [case._replace(dtype="float32") if 1 in case.lengths else case for case in pairwise(FACTORS)]
 PLAIN = [case._replace(backend="plain", dtype="float32") for case in DEFAULT[::6]]
 
