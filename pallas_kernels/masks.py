@@ -7,6 +7,7 @@ query goes on, so that kernels visit a contiguous range of tiles and mask only a
 a list of tiles.
 """
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -26,7 +27,7 @@ _LAST = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(abc.ABC):
     """What all masks share: `&` (both hold) and `|` (either holds)."""
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -46,12 +47,12 @@ class Mask:
         """How many positions it can speak of: only a `Chosen` pattern ends."""
         return min((part.pattern.reach() for part in self.parts() if isinstance(part, Blocks)), default=FAR)
 
+    @abc.abstractmethod
     def conjunctions(self, own: bool = True) -> "tuple[Conjunction, ...]":
         """The same mask as an `or` of as few intervals with patterns as the rules of `Conjunction` find.
 
         own: whether keys have the segments of the queries at their positions, so that a query's document holds its key.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

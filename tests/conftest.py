@@ -1,7 +1,6 @@
 """Eight CPU devices and a compile cache for every test; what counts as skipped, and what fails instead."""
 
 import os
-import signal
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -31,10 +30,6 @@ CACHE_LIFE_S = 14 * 24 * 3600
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What the starter of the tests ignores (nohup: SIGHUP; a shell's `&`: SIGINT), runs would inherit and not stop for.
-    for number, default in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, default)
     if hasattr(config, "workerinput"):
         return  # an xdist worker; its controller has done it
     CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds machine code that will be run

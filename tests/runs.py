@@ -1,5 +1,6 @@
 """Real runs through the command line, and what they left: for tests of stopping, resuming and several processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mtx.checkpoint import Store
@@ -28,16 +29,26 @@ def command(workdir: Path, *words: str) -> list[str]:
     return [sys.executable, "main.py", *config, *small, f"workdir={workdir}", *words]
 
 
-def begin(workdir: Path, *words: str, cwd: Path = ROOT, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen:
-    """`ignored`: what the run inherits as ignored, as nohup does; not what the tests were started with."""
-    argv = command(workdir, *words)
+@contextlib.contextmanager
+def inheriting(*ignored: signal.Signals) -> Iterator[None]:
+    """What is started inside ignores these of the signals that stop a run, as under nohup, and no others.
+
+    The tests' own process may ignore some: a shell's `&` ignores SIGINT, and loading libtpu ignores SIGHUP, in C, which
+    `signal.getsignal` does not see.
+    """
     stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {n: signal.signal(n, signal.SIG_IGN if n in ignored else signal.SIG_DFL) for n in stops}
     try:
-        return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def begin(workdir: Path, *words: str, cwd: Path = ROOT, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen:
+    argv = command(workdir, *words)
+    with inheriting(*ignored):
+        return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def end(child: subprocess.Popen, code: int | Sequence[int] = 0) -> str:

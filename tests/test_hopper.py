@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import aot
+import attention_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,36 +37,6 @@ def given(shape: tuple[int, ...], dtype=jnp.bfloat16, seed: int = 0) -> Any:
     return [*(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes), dlse_BNT]
 
 
-def exact(q, k, v, dout, dlse_BNT, seen_BTS, scores: Scores, keep_BNTS) -> dict[str, np.ndarray]:
-    """From the definition, in float64."""
-    q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse_BNT))
-    B, S, K, H = k.shape
-    G = q.shape[2] // K
-    k, v = (np.repeat(x, G, axis=2) for x in (k, v))
-    s = np.einsum("btnh,bsnh->bnts", q, k) * scores.scale
-    slope = np.ones_like(s)
-    if scores.softcap is not None:
-        bent = np.tanh(s / scores.softcap)
-        s, slope = scores.softcap * bent, 1 - bent**2
-    s = np.where(np.asarray(seen_BTS)[:, None], s, -np.inf)
-    e = np.exp(s - np.maximum(s.max(-1, keepdims=True), -1e300))
-    mass = e.sum(-1, keepdims=True)
-    p = e / np.where(mass > 0, mass, 1)
-    with np.errstate(divide="ignore"):
-        lse = np.where(mass > 0, s.max(-1, keepdims=True) + np.log(mass), -np.inf)[..., 0]
-    weight = np.asarray(keep_BNTS) / (1 - scores.dropout)
-    out = np.einsum("bnts,bsnu->btnu", p * weight, v)
-    dp = np.einsum("btnu,bsnu->bnts", dout, v) * weight
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True) + dlse[..., None]) * slope * scores.scale
-    return {
-        "out": out,
-        "lse": lse,
-        "dq": np.einsum("bnts,bsnh->btnh", ds, k),
-        "dk": np.einsum("bnts,btnh->bsnh", ds, q).reshape(B, S, K, G, H).sum(3),
-        "dv": np.einsum("bnts,btnu->bsnu", p * weight, dout).reshape(B, S, K, G, -1).sum(3),
-    }
-
-
 def noise_of(shape) -> Noise:
     """Of shards that are not the first: neither heads nor positions begin at 0, nor go by ones."""
     B, T, S, N = shape[:4]
@@ -79,7 +50,7 @@ def computed(
     out, lse = hopper.forward(q, k, v, visible, noise, scores, sizes)
     delta_BNT = jnp.einsum("BTNU,BTNU->BNT", out, dout, preferred_element_type=jnp.float32) - dlse_BNT
     dq, dk, dv = hopper.backward(q, k, v, visible, noise, scores, lse, delta_BNT, dout, sizes)
-    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return {"out_BTNU": out, "lse_BNT": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
 def check(shape, mask: Mask, scores: Scores | None = None, dtype=jnp.bfloat16, sizes=None, **bound) -> None:
@@ -89,12 +60,19 @@ def check(shape, mask: Mask, scores: Scores | None = None, dtype=jnp.bfloat16, s
     bound_mask = bind(mask, T, S, **bound)
     dense = bound_mask.dense()
     seen_BTS = np.broadcast_to(True if dense is None else np.asarray(dense), (B, T, S))
-    noise, keep_BNTS = None, True
+    noise, keep_BNTS = None, None
     if scores.dropout:
         noise = noise_of(shape)
         keep_BNTS = noise.keep(scores.dropout, noise.query_T, noise.key_S, groups=1)[:, :, 0]
-    expected = exact(q, k, v, dout, dlse_BNT, seen_BTS, scores, keep_BNTS)
+    expected = attention_oracle.attend(
+        *(q, k, v, seen_BTS, dout, dlse_BNT),
+        scale=scores.scale,
+        softcap=scores.softcap,
+        keep_BNTS=keep_BNTS,
+        dropout=scores.dropout,
+    )._asdict()
     got = computed(q, k, v, dout, dlse_BNT, bound_mask.visible(), scores, interpreted(**(sizes or {})), noise)
+    del expected["dsinks_N"]
     for name, value in expected.items():
         assert got[name].shape == value.shape, name
         close(np.asarray(got[name], np.float64), value, name, 2.0**-7 if dtype == jnp.bfloat16 else 2.0**-10)
@@ -106,10 +84,10 @@ def close(got: np.ndarray, value: np.ndarray, name: str, epsilon: float) -> None
     np.testing.assert_array_equal(np.isfinite(got), finite, err_msg=name)
     np.testing.assert_array_equal(got[~finite], value[~finite], err_msg=name)
     got, value = np.where(finite, got, 0), np.where(finite, value, 0)
-    bound = 1e-5 if name == "lse" else epsilon
+    bound = 1e-5 if name == "lse_BNT" else epsilon
     np.testing.assert_allclose(got, value, rtol=0, atol=bound * max(np.abs(value).max(), 1.0), err_msg=name)
     norm = np.linalg.norm(value)
-    assert np.linalg.norm(got - value) <= (1e-6 if name == "lse" else epsilon / 2) * norm + 1e-6, name
+    assert np.linalg.norm(got - value) <= (1e-6 if name == "lse_BNT" else epsilon / 2) * norm + 1e-6, name
 
 
 PACKED = {"segments": jnp.asarray([[1] * 64 + [2] + [3] * 70 + [0] * 25])}

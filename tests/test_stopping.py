@@ -158,7 +158,8 @@ with Stopping(lambda why: None) as s:
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    child = subprocess.run([sys.executable, "-c", SECOND], cwd=runs.ROOT, capture_output=True, text=True)
+    with runs.inheriting():
+        child = subprocess.run([sys.executable, "-c", SECOND], cwd=runs.ROOT, capture_output=True, text=True)
     assert child.returncode == 130, child.stderr
     assert "a second SIGINT: stopping at once, without saving." in child.stderr
 

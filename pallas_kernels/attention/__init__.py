@@ -18,7 +18,6 @@ from pallas_kernels.attention.question import Chip, Question
 from pallas_kernels.attention.sizes import sizes_for
 from pallas_kernels.masks import BoundMask, Documents
 from pallas_kernels.threefry import Words
-from pallas_kernels.visible import MOST_TERMS
 
 __all__ = [
     "LSE", "OUT", "BackendName", "Chip", "Dropout", "Question", "Scores", "Unable", "cached_attention", "cannot",
@@ -92,6 +91,8 @@ def flash_attention(
         raise ValueError(f"dropout.rate={dropout.rate} must be at least 0 and below 1")
     if scale is not None and scale <= 0:
         raise ValueError(f"scale={scale} must be positive")
+    if dropout is not None and dropout.rate == 0:
+        dropout = None
     chip = Chip.of(jax.devices()[0]) if chip is None else chip
     asked = Question(
         chip=chip,
@@ -107,14 +108,13 @@ def flash_attention(
         positions=mask.query_T is not None or mask.key_S is not None,
         key_segments=mask.key_segment_BS is not None,
         softcap=softcap is not None,
-        dropout=dropout is not None and dropout.rate > 0,
+        dropout=dropout is not None,
         lse=with_lse or sinks_N is not None,
     )
     name = choose(backend, asked)
-    rate = dropout.rate if dropout is not None else 0.0
-    scores = Scores(H**-0.5 if scale is None else scale, softcap, rate)
+    scores = Scores(H**-0.5 if scale is None else scale, softcap, 0.0 if dropout is None else dropout.rate)
     noise = None
-    if dropout is not None and rate > 0:
+    if dropout is not None:
         t = jnp.arange(T) if mask.query_T is None else mask.query_T
         s = jnp.arange(S) if mask.key_S is None else mask.key_S
         noise = Noise(dropout.words_2B, dropout.head_N, t, s)
@@ -182,9 +182,6 @@ def cannot(name: BackendName, asked: Question) -> str | None:
     """Why a backend cannot do exactly this; None if it can."""
     if name in ("plain", "chunked"):
         return None
-    terms = len(asked.mask.conjunctions(own=not asked.key_segments))
-    if name in ("hopper", "tpu") and terms > MOST_TERMS:
-        return f"its lists of tiles tell {MOST_TERMS} terms apart, and the mask has {terms}"
     return module(name).cannot(asked)
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.attention.hopper_tiles import GROUP
 from pallas_kernels.attention.question import Question
 from pallas_kernels.masks import misfit
 from pallas_kernels.threefry import threefry2x32
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import MOST_TERMS, Visible
 
 WIDE = 320  # H + U up to which one warpgroup can hold dk and dv of 64 keys in registers
 
@@ -60,6 +60,9 @@ def cannot(asked: Question) -> str | None:
         return f"it needs head sizes up to 256, not {asked.head_size} and {asked.value_size}"
     if asked.rows > 65535:
         return f"it needs at most 65535 rows, as many as a CUDA grid has, not {asked.rows}"
+    terms = len(asked.mask.conjunctions(own=not asked.key_segments))
+    if terms > MOST_TERMS:
+        return f"its lists of tiles tell {MOST_TERMS} terms apart, and the mask has {terms}"
     block = misfit(asked.mask, hopper_tiles.TILE, sizes.forward_keys, sizes.dq_keys, sizes.dkv_queries)
     if block is not None:
         return f"it needs patterns with blocks that are multiples of {hopper_tiles.TILE}, not {block}"

@@ -23,6 +23,7 @@ from pallas_kernels.attention.question import Question
 from pallas_kernels.attention.tpu_kernels import LOG2_E, Body, dkv_kernel, dq_kernel, forward_kernel
 from pallas_kernels.attention.tpu_tiles import (
     LANES,
+    MOST_TERMS,
     SMEM_BYTES,
     Plan,
     Sizes,
@@ -51,6 +52,8 @@ def cannot(asked: Question) -> str | None:
     found = asked.mask.conjunctions(own=not asked.key_segments)
     if len(found) == 1 and not found[0].patterns:
         return None
+    if len(found) > MOST_TERMS:
+        return f"its lists of tiles tell {MOST_TERMS} terms apart, and the mask has {len(found)}"
     blocks = {pattern.block for term in found for pattern in term.patterns}
     if odd := [block for block in blocks if block % LANES]:
         return f"it needs patterns in blocks of a multiple of {LANES}, not {odd[0]}"
@@ -156,6 +159,7 @@ def _tiles(mask: Visible, query: int, key: int) -> tuple[int, int]:
 
 def _plan(mask: Visible, tiles: tuple[int, int], by_query: bool) -> Plan:
     if not mask.is_interval:
+        assert len(mask.patterns) <= MOST_TERMS, "cannot be said by the lists of these kernels"
         return list_plan(mask.tiles(*tiles) if by_query else mask.tiles_by_key(*tiles))
     if by_query:
         return range_plan(mask.ranges(*tiles), pl.cdiv(mask.qfirst_RBS.shape[2], tiles[1]))

@@ -14,6 +14,8 @@ from pallas_kernels.visible import FULL, Ranges, Tiles
 LANES = 128
 TERM = 20
 """Bit of a tile's code that says that term 0 is active in it; the tile's index is below."""
+MOST_TERMS = 10
+"""That fit above it, below `FULL`."""
 SMEM_BYTES = 768 * 1024
 """What lists may take of the 1 MiB of scalar memory; the compiler, double buffers and other calls have the rest."""
 
@@ -125,9 +127,9 @@ def range_plan(ranges: Ranges, tiles: int) -> Plan:
 
 
 def list_plan(tiles: Tiles) -> Plan:
-    """Visits of listed tiles. A word is a tile's code, of which ten terms fit in, and its index."""
+    """Visits of listed tiles. A word is a tile's code and its index."""
     batch, outer, width = tiles.index_BQJ.shape
-    word_BQJ = (tiles.code_BQJ & FULL) | ((tiles.code_BQJ & 0x3FF) << TERM) | tiles.index_BQJ
+    word_BQJ = (tiles.code_BQJ & FULL) | ((tiles.code_BQJ & ~FULL) << TERM) | tiles.index_BQJ
     words = jnp.concatenate([tiles.count_BQ.reshape(-1), word_BQJ.reshape(-1)]).astype(jnp.int32)
     return Plan(words, _steps(tiles.count_BQ), batch, outer, width)
 
