@@ -8,8 +8,10 @@ every `PartitionSpec` and refuses conflicts and indivisible dimensions by name.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from mtx import DIMENSIONS
@@ -25,6 +27,9 @@ RESIDUAL_TIME = "residual_time"
 """Time in the residual stream (an activation with a D), where norms and dropout run."""
 SPLIT_BY_MODEL = ("heads", "kv_heads", "ff", "vocab")
 """The dimensions that tensor parallelism may split."""
+LAYER = "layer"
+STAGES = "pipeline"
+"""The axis that splits layers; stored tables of the vocabulary too, if the layout says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,15 @@ class Row:
             yield f"names no dimension {name!r}; legal: {', '.join(sorted(known))}"
         elif unknown := [axis for column in columns for axis in column if axis not in AXES]:
             yield f"maps {name} to {unknown[0]!r}, not a mesh axis; legal: {', '.join(AXES)}"
+        elif name == LAYER:
+            if set(columns) != {(STAGES,)}:
+                yield f"must split all four columns of {name} over {STAGES}"
         elif name in SPLIT_BY_MODEL:
+            if name == "vocab" and STAGES in self.weights:  # split at rest only
+                at_rest = (*self.activations, STAGES)
+                columns = (
+                    columns if (self.weights, self.optimizer) != (at_rest,) * 2 else (self.gradients, self.activations)
+                )
             if set(columns) not in ({()}, {("model",)}):
                 yield f"must split all four columns of {name} over model, or none"
         elif name == ZERO:
@@ -71,6 +84,9 @@ class Layout:
     """Split the residual stream's time over mesh.model (Korthikanti et al. 2022): same bytes, less memory."""
     scatter: Literal["float32", "compute"] = "float32"
     """dtype in which stage 3 reduce-scatters a layer's gradients; compute: that of precision.compute."""
+    vocabulary: Literal["sharded", "replicated"] = "sharded"
+    """Embedding and head on the stages of a pipeline. sharded: a part at rest on each, gathered once per step and its
+    gradient scattered; replicated: whole on each, its gradient all-reduced."""
     rows: tuple[Row, ...] | None = None
     """The whole table, instead of the preset that zero and sequence_parallel choose."""
 
@@ -79,12 +95,14 @@ class Layout:
             yield "scatter", "is for layout.zero=3; leave it at float32"
         if self.rows is None:
             return
+        if self.vocabulary != "sharded":
+            yield "vocabulary", "has no effect: layout.rows replaces the preset; its row `vocab` decides"
         table = {row.dimension: row for row in self.rows}
         if twice := [row.dimension for row in self.rows if table[row.dimension] is not row]:
             yield "rows", f"has two rows for {twice[0]}; keep one"
         for why in (why for row in self.rows for why in row.problems()):
             yield "rows", why
-        split = {name for name in SPLIT_BY_MODEL if name in table and table[name].weights}
+        split = {name for name in SPLIT_BY_MODEL if name in table and "model" in table[name].weights}
         if len(split & {"heads", "kv_heads"}) == 1:
             yield "rows", "splits one of heads and kv_heads; split both over model, or neither"
         if "batch" not in table or table["batch"].activations != BATCH_AXES:
@@ -98,24 +116,27 @@ class Layout:
             yield "zero", "has no effect: layout.rows replaces the preset and has no row `zero` over data"
 
     def table(self) -> tuple[Row, ...]:
-        return megatron(self.zero, self.sequence_parallel) if self.rows is None else self.rows
+        if self.rows is not None:
+            return self.rows
+        return megatron(self.zero, self.sequence_parallel, self.vocabulary == "sharded")
 
 
-def megatron(zero: int, sequence_parallel: bool) -> tuple[Row, ...]:
-    """Megatron-LM's tensor (and sequence) parallelism with ZeRO over `data`.
+def megatron(zero: int, sequence_parallel: bool, shard_vocabulary: bool = True) -> tuple[Row, ...]:
+    """Megatron-LM's tensor (and sequence) parallelism with ZeRO over `data`, and layers over `pipeline`.
 
     Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4; Rajbhandari et al. 2020.
     """
 
-    def split(dimension: str) -> Row:
-        model = ("model",)
-        return Row(dimension=dimension, weights=model, gradients=model, optimizer=model, activations=model)
+    def split(dimension: str, by: Axes = ("model",), at_rest: Axes = ()) -> Row:
+        return Row(dimension=dimension, weights=by + at_rest, gradients=by, optimizer=by + at_rest, activations=by)
 
     return (
         Row(dimension="batch", activations=BATCH_AXES),
         Row(dimension="time", activations=("context",)),
         Row(dimension=RESIDUAL_TIME, activations=("context", "model") if sequence_parallel else ("context",)),
-        *(split(dimension) for dimension in SPLIT_BY_MODEL),
+        *(split(dimension) for dimension in SPLIT_BY_MODEL if dimension != "vocab"),
+        split("vocab", at_rest=(STAGES,) if shard_vocabulary else ()),
+        split(LAYER, (STAGES,)),
         Row(
             dimension=ZERO,
             weights=("data",) if zero >= 1 else (),
@@ -141,8 +162,68 @@ class Weight:
 
     @property
     def layers(self) -> int:
-        """1 if the weight is stacked over layers, which no axis splits; else 0."""
+        """1 if the weight is stacked over layers, which only a pipeline splits; else 0."""
         return int(self.dims.startswith("L"))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where layers lie. Virtual stage `chunk * stages + stage` of a pipeline is on stage `stage`.
+
+    The leading dimension of stacked weights has a row for each layer in the order (stage, chunk, layer); virtual stages
+    with fewer layers than others end with rows of zeros that nothing reads. In checkpoints layers are in their own
+    order, without such rows.
+    """
+
+    counts: tuple[int, ...]
+    """Layers of each virtual stage."""
+    stages: int = 1
+
+    @staticmethod
+    def even(layers: int, stages: int = 1, chunks: int = 1) -> "Placement":
+        """As even as can be; the earlier virtual stages have more, as the last has the head to compute."""
+        least, more = divmod(layers, stages * chunks)
+        return Placement(tuple(least + (k < more) for k in range(stages * chunks)), stages)
+
+    @property
+    def chunks(self) -> int:
+        """Virtual stages of each stage."""
+        return len(self.counts) // self.stages
+
+    @property
+    def size(self) -> int:
+        """Rows of a virtual stage."""
+        return max(self.counts)
+
+    @property
+    def is_even(self) -> bool:
+        return len(set(self.counts)) == 1
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """The first layer of each virtual stage."""
+        return np.cumsum((0, *self.counts[:-1]))
+
+    @cached_property
+    def layer_of_row(self) -> np.ndarray:
+        """int [rows]; -1 for a row without a layer."""
+        order = [chunk * self.stages + stage for stage in range(self.stages) for chunk in range(self.chunks)]
+        i = np.arange(self.size)
+        return np.concatenate([np.where(i < self.counts[k], self.first[k] + i, -1) for k in order])
+
+    @property
+    def row_of_layer(self) -> np.ndarray:
+        """int [layers]."""
+        return np.argsort(self.layer_of_row, kind="stable")[self.rows - sum(self.counts) :]
+
+    @property
+    def rows(self) -> int:
+        return len(self.counts) * self.size
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows are the layers themselves."""
+        return self.is_even and self.chunks == 1
 
 
 @dataclass(frozen=True)
@@ -203,10 +284,32 @@ class BoundLayout:
         axes = [self.axes(DIMENSIONS[letter], column) for letter in weight.dims]
         if (zero := self.zero_dim(weight)) is not None:
             axes[zero] = axes[zero] + self.axes(ZERO, column)
+        if (vocab := self.vocab_dim(weight)) is not None and STAGES in axes[vocab]:
+            axes[vocab] = (*(axis for axis in axes[vocab] if axis != STAGES), STAGES)  # it is gathered first
         return _spec(axes)
 
+    def vocab_dim(self, weight: Weight) -> int | None:
+        """Index of the dimension that the pipeline splits at rest, to be gathered once per step, if there is one."""
+        split = [STAGES in self.axes(DIMENSIONS[letter], "weights") for letter in weight.dims[weight.layers :]]
+        return weight.layers + split.index(True) if any(split) else None
+
+    def ordered_spec(self, weight: Weight, column: Column) -> PartitionSpec:
+        """The spec of a stacked weight whose layers are in their own order: another dimension is split instead."""
+        axes = [_as_tuple(entry or ()) for entry in self.spec(weight, column)]
+        axes[0] = ()
+        if (i := self.exchange_dim(weight)) is not None:
+            axes[i] = (*axes[i], STAGES)
+        return _spec(axes)
+
+    def exchange_dim(self, weight: Weight) -> int | None:
+        """Index of the largest dimension, of one device, that the pipeline could split; None if it divides none."""
+        spec = self.spec(weight, "weights")
+        local = [size // self.size(*_as_tuple(entry or ())) for size, entry in zip(weight.shape, spec, strict=True)]
+        able = [i for i in range(weight.layers, len(local)) if local[i] % self.size(STAGES) == 0]
+        return max(able, key=lambda i: local[i], default=None)
+
     def gathered(self, weight: Weight) -> PartitionSpec:
-        """The spec of a weight in use: split over `model` alone."""
+        """The spec of a weight in use without a pipeline: split over `model` alone."""
         return _spec([self.axes(DIMENSIONS[letter], "weights") for letter in weight.dims])
 
     def split_by_model(self, weight: Weight) -> bool:

@@ -12,7 +12,7 @@ from mtx.errors import DeviceError, Problem
 
 AXES = ("pipeline", "replica", "data", "context", "expert", "model")
 BATCH_AXES = ("replica", "data", "expert")
-NOT_YET = ("pipeline", "context", "expert")
+NOT_YET = ("context", "expert")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class MeshConfig:
     """Sizes of the mesh axes, outermost first. One of them may be -1: the rest of the devices."""
 
     pipeline: int = 1
-    """Pipeline stages (not built yet: 1)."""
+    """Pipeline stages: each holds some of the layers (config field `pipeline`)."""
     replica: int = 1
     """Data parallelism that never shards weights; across slow links, with `data` inside it: HSDP."""
     data: int = 1
@@ -38,7 +38,7 @@ class MeshConfig:
             if size == 0 or size < -1:
                 yield axis, "must be a positive number of devices, or -1 for the rest of them"
             elif axis in NOT_YET and size != 1:
-                yield axis, f"is not built yet; set mesh.{axis}=1 and use replica, data and model"
+                yield axis, f"is not built yet; set mesh.{axis}=1 and use pipeline, replica, data and model"
         wild = [axis for axis, size in sizes.items() if size == -1]
         if len(wild) > 1:
             yield wild[1], f"is a second -1 beside mesh.{wild[0]}; only one axis can take the rest of the devices"
@@ -66,10 +66,16 @@ def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 def legal_meshes(num_devices: int, wanted: dict[str, int], most: int = 4) -> list[str]:
     """Up to `most` meshes that use every device, those nearest to `wanted` first, as overrides of it."""
+
+    def divisors(n: int) -> list[int]:
+        return [d for d in range(1, n + 1) if n % d == 0]
+
     found = []
-    for model in (m for m in range(1, num_devices + 1) if num_devices % m == 0):
-        for replica in (r for r in range(1, num_devices // model + 1) if num_devices // model % r == 0):
-            found.append({"replica": replica, "data": num_devices // model // replica, "model": model})
+    for pipeline in divisors(num_devices) if wanted["pipeline"] != 1 else (1,):
+        for model in divisors(num_devices // pipeline):
+            rest = num_devices // pipeline // model
+            for replica in divisors(rest):
+                found.append({"pipeline": pipeline, "replica": replica, "data": rest // replica, "model": model})
 
     def distance(mesh: dict[str, int]) -> float:
         return sum(abs(math.log2(size / max(wanted[axis], 1))) for axis, size in mesh.items() if wanted[axis] > 0)

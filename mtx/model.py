@@ -5,7 +5,7 @@ dict of arrays. Layers are one module with a leading L on every weight, run by `
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,7 @@ from mtx.layers import (
     dropout,
     weight,
 )
-from mtx.layout import Weight
+from mtx.layout import STAGES, Placement, Weight
 from mtx.spmd import Doors, Params
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words
@@ -173,54 +173,110 @@ class Block(nnx.Module):
 
 
 class Model:
-    """A config's modules, built abstractly once, as pure functions over a dict of arrays."""
+    """A config's modules, built abstractly once, as pure functions over a dict of arrays.
 
-    def __init__(self, config: Transformer):
-        self.config = config
+    `placement` is where a pipeline has its layers; by default there is none.
+    """
+
+    def __init__(self, config: Transformer, placement: Placement | None = None):
+        self.config, self.placement = config, placement or Placement.even(config.layers)
+        assert sum(self.placement.counts) == config.layers
         self._ends = nnx.split(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(params=0))))
         self._block = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0))))
 
     @cached_property
     def weights(self) -> Params:
-        """The declaration of every weight, as a nested dict; layers' with a leading L."""
-        L = self.config.layers
-        ends = _declarations(self._ends[1])
-        block = _declarations(self._block[1])
-        stack = partial(_map, lambda w: replace(w, dims="L" + w.dims, shape=(L, *w.shape)))
-        return {"ends": ends, "layers": stack(block)}
+        """The declaration of every weight, as a nested dict; layers' have a leading L, the rows of `placement`."""
+        return self._declared(self.placement.rows)
+
+    @cached_property
+    def ordered_weights(self) -> Params:
+        """The same with the layers in their own order, as checkpoints have them."""
+        return self._declared(self.config.layers)
+
+    def _declared(self, layers: int) -> Params:
+        stack = partial(_map, lambda w: replace(w, dims="L" + w.dims, shape=(layers, *w.shape)))
+        return {"ends": _declarations(self._ends[1]), "layers": stack(_declarations(self._block[1]))}
 
     def init(self, key: jax.Array) -> Params:
         """Initial weights in float32: pure, to be jitted with out_shardings; equal on every mesh."""
 
         def block(i: jax.Array) -> Params:
-            return _arrays(Block(self.config, nnx.Rngs(params=jax.random.fold_in(key, i))))
+            arrays = _arrays(Block(self.config, nnx.Rngs(params=jax.random.fold_in(key, jnp.maximum(i, 0)))))
+            return arrays if self.placement.is_even else _map(lambda x: jnp.where(i < 0, 0.0, x), arrays)
 
         ends = _arrays(Ends(self.config, nnx.Rngs(params=jax.random.fold_in(key, self.config.layers))))
-        return {"ends": ends, "layers": jax.vmap(block)(jnp.arange(self.config.layers))}
+        return {"ends": ends, "layers": jax.vmap(block)(jnp.asarray(self.placement.layer_of_row))}
+
+    def context(self, batch: Batch, doors: Doors, mask: Mask, key_B: Words | None) -> Context:
+        """What the layers share. `key_B` turns dropout on."""
+        config = self.config
+        dropped = config.dropout > 0 or config.attention_dropout > 0
+        return Context(doors, mask, batch.segments, batch.positions, key_B if dropped else None)
+
+    def embed(self, ends: Params, token_BT: jax.Array, context: Context) -> jax.Array:
+        """x_BTD, which the first layer reads."""
+        return _merge(self._ends, ends).embed(token_BT, context)
+
+    def layer(self, weights: Params, x_BTD: jax.Array, context: Context, number: jax.Array | int) -> jax.Array:
+        """x_BTD after one layer; `weights` are that layer's, without L."""
+        return _merge(self._block, weights)(x_BTD, replace(context, layer=number))[0]
+
+    def norm(self, ends: Params, x_BTD: jax.Array) -> jax.Array:
+        """What head and loss read of the last layer's x_BTD."""
+        return _merge(self._ends, ends).norm(x_BTD)
 
     def hidden(self, params: Params, batch: Batch, doors: Doors, mask: Mask, key_B: Words | None) -> jax.Array:
         """x_BTD of the residual stream after the final norm. `key_B` turns dropout on."""
-        config = self.config
-        if config.dropout == 0 and config.attention_dropout == 0:
-            key_B = None
-        context = Context(doors, mask, batch.segments, batch.positions, key_B)
-        ends = _merge(self._ends, params["ends"])
+        context = self.context(batch, doors, mask, key_B)
 
-        def layer(x_BTD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
-            block_params, i = xs
-            x_BTD, _ = _merge(self._block, block_params)(x_BTD, replace(context, layer=i))
-            return x_BTD, None
+        def layer(x_BTD: jax.Array, weights: Params, number: jax.Array) -> jax.Array:
+            return self.layer(weights, x_BTD, context, number)
 
-        if config.remat == "full":
+        if self.config.remat == "full":
             layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
-        x_BTD = ends.embed(batch.tokens, context)
-        layers = jnp.arange(config.layers)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, (params["layers"], layers), unroll=config.unroll)
-        return ends.norm(x_BTD)
 
-    def head(self, params: Params) -> nnx.Param:
+        def step(x_BTD: jax.Array, own: None, weights: Params, number: Any, row: Any) -> tuple[jax.Array, None]:
+            return layer(x_BTD, weights, number), own
+
+        x_BTD, _ = self._through(params, step, self.embed(params["ends"], batch.tokens, context), None, doors)
+        return self.norm(params["ends"], x_BTD)
+
+    def _through(
+        self, params: Params, step: Callable[..., tuple[jax.Array, Any]], x: jax.Array, own: Any, doors: Doors
+    ):
+        """(x, own) through all layers: `step(x, own, a layer's weights, its number, its row on this stage)`.
+
+        `own` stays where it is; x goes from stage to stage of a pipeline, where this is not differentiated.
+        """
+        place = self.placement
+        if place.stages == 1:
+
+            def layer(now: tuple[jax.Array, Any], xs: tuple[Params, jax.Array]) -> tuple[Any, None]:
+                weights, number = xs
+                return step(*now, weights, number, number), None
+
+            xs = (params["layers"], jnp.arange(self.config.layers))
+            return jax.lax.scan(layer, (x, own), xs, unroll=self.config.unroll)[0]
+
+        def chunk(i: jax.Array, x: jax.Array, own: Any) -> tuple[jax.Array, Any]:
+            virtual = i * place.stages + jax.lax.axis_index(STAGES)
+            count, first = jnp.asarray(place.counts)[virtual], jnp.asarray(place.first)[virtual]
+
+            def layer(now: tuple[jax.Array, Any], j: jax.Array) -> tuple[Any, None]:
+                def run() -> tuple[jax.Array, Any]:
+                    row = i * place.size + j
+                    return step(*now, jax.tree.map(lambda w: w[row], params["layers"]), first + j, row)
+
+                return (run() if place.is_even else jax.lax.cond(j < count, run, lambda: now)), None
+
+            return jax.lax.scan(layer, (x, own), jnp.arange(place.size), unroll=self.config.unroll)[0]
+
+        return doors.relay(place.chunks, chunk, x, own)
+
+    def head(self, ends: Params) -> nnx.Param:
         """The output projection, token_VD or its own."""
-        return _merge(self._ends, params["ends"]).head
+        return _merge(self._ends, ends).head
 
     def logits(self, params: Params, batch: Batch, doors: Doors, mask: Mask) -> jax.Array:
         """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it)."""
@@ -230,12 +286,12 @@ class Model:
         """Float32 logits_BTV of `hidden`'s result."""
         if doors.split("V"):
             h_BTD = doors.enter(h_BTD)
-        return doors.local_einsum("BTD,VD->BTV", h_BTD, doors.gather_for_use(self.head(params)), jnp.float32)
+        return doors.local_einsum("BTD,VD->BTV", h_BTD, doors.gather_for_use(self.head(params["ends"])), jnp.float32)
 
     def cache(self, rows: int, slots: int, doors: Doors) -> Cache:
         """An empty cache for B rows, of all batch shards together, and S slots."""
         attention = self.config.attention
-        shape = (self.config.layers, rows, slots, attention.kv_heads or attention.heads, self.config.head_size)
+        shape = (self.placement.rows, rows, slots, attention.kv_heads or attention.heads, self.config.head_size)
         return Cache(*(doors.zeros("LBSKH", shape, doors.compute) for _ in Cache._fields))
 
     def cached(
@@ -253,13 +309,10 @@ class Model:
         context = Context(doors, mask, token_BT, position_BT, None, seen_BTS=seen_BTS, slot=slot)
         ends = _merge(self._ends, params["ends"])
 
-        def layer(carry: tuple[jax.Array, Cache], xs: tuple[Params, jax.Array]) -> tuple[Any, None]:
-            block_params, i = xs
-            return _merge(self._block, block_params)(carry[0], replace(context, layer=i), carry[1]), None
+        def step(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any]:
+            return _merge(self._block, weights)(x_BTD, replace(context, layer=row), cache)
 
-        carry = (ends.embed(token_BT, context), cache)
-        layers = jnp.arange(self.config.layers)
-        (x_BTD, cache), _ = jax.lax.scan(layer, carry, (params["layers"], layers), unroll=self.config.unroll)
+        x_BTD, cache = self._through(params, step, ends.embed(token_BT, context), cache, doors)
         return ends.norm(x_BTD), cache
 
     def mask(self, documents: bool) -> Mask:

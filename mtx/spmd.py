@@ -24,7 +24,7 @@ from flax import nnx
 from jax import lax
 
 from mtx import DIMENSIONS
-from mtx.layout import RESIDUAL_TIME, ZERO, BoundLayout, Weight
+from mtx.layout import RESIDUAL_TIME, STAGES, ZERO, BoundLayout, Weight
 
 Params: TypeAlias = dict[str, Any]
 
@@ -157,6 +157,17 @@ class Doors(abc.ABC):
         """f of what each device holds, where it communicates nothing: for kernels, which XLA cannot split."""
 
     @abc.abstractmethod
+    def gather_stages(self, weight: Weight, value: jax.Array) -> jax.Array:
+        """A stored weight's value with what other pipeline stages hold of it at rest: once per step."""
+
+    @abc.abstractmethod
+    def relay(self, chunks: int, run: Callable[[jax.Array, Any, Any], tuple[Any, Any]], moving: Any, own: Any) -> Any:
+        """(moving, own) through all virtual stages of a pipeline, one after the other; `moving` ends on every stage.
+
+        `run(chunk, moving, own)` is one of this stage's chunks. Not differentiated.
+        """
+
+    @abc.abstractmethod
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
         """A stored weight's value cast and gathered: once per step, or at its use under stage 3."""
 
@@ -208,6 +219,25 @@ class ManualDoors(Doors):
             return value.astype(self.compute)
         return self.gather(weight, value)
 
+    def gather_stages(self, weight: Weight, value: jax.Array) -> jax.Array:
+        if (dim := self.layout.vocab_dim(weight)) is None:
+            return value
+        value = value if self.at_use else value.astype(self.compute)  # ZeRO-3 scatters gradients in its own dtype
+        return lax.all_gather(value, STAGES, axis=dim, tiled=True)
+
+    def relay(self, chunks: int, run: Callable[[jax.Array, Any, Any], tuple[Any, Any]], moving: Any, own: Any) -> Any:
+        stages = self.layout.size(STAGES)
+        if stages == 1:
+            return run(jnp.zeros((), jnp.int32), moving, own)
+        here = lax.axis_index(STAGES)
+
+        def hop(k: jax.Array, now: Any) -> Any:
+            moving, own = lax.cond(k % stages == here, lambda: run(k // stages, *now), lambda: now)
+            return jax.tree.map(to_next_stage, moving), own
+
+        moving, own = lax.fori_loop(0, chunks * stages, hop, (moving, own))
+        return jax.tree.map(lambda x: lax.psum(jnp.where(here == 0, x, jnp.zeros_like(x)), STAGES), moving), own
+
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
         if not weight.is_matrix:
             return value
@@ -239,6 +269,11 @@ class ManualDoors(Doors):
                 gradient = lax.psum_scatter(gradient, scattered, scatter_dimension=zero, tiled=True)
         if self.layout.sequence_parallel and not self.layout.split_by_model(weight):
             axes = (*axes, "model")  # each rank saw its part of time
+        if self.layout.size(STAGES) > 1 and not weight.layers:  # one stage has it, or two: a tied head's embedding
+            if (dim := self.layout.vocab_dim(weight)) is not None:
+                gradient = lax.psum_scatter(gradient, STAGES, scatter_dimension=dim, tiled=True)
+            else:
+                axes = (*axes, STAGES)
         return lax.psum(gradient, axes) if axes else gradient
 
     def residual_einsum(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -309,6 +344,12 @@ class CompiledDoors(Doors):
     def gather_for_use(self, w: nnx.Variable) -> jax.Array:
         return self.gather(w.weight, w[...])
 
+    def gather_stages(self, weight: Weight, value: jax.Array) -> jax.Array:
+        return value
+
+    def relay(self, chunks: int, run: Callable[[jax.Array, Any, Any], tuple[Any, Any]], moving: Any, own: Any) -> Any:
+        return run(jnp.zeros((), jnp.int32), moving, own)
+
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
         if not weight.is_matrix:
             return value
@@ -361,6 +402,18 @@ class CompiledDoors(Doors):
 
     def zeros(self, letters: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.zeros(shape, dtype, out_sharding=self.layout.activation(letters))
+
+
+def to_next_stage(x: jax.Array) -> jax.Array:
+    """What each stage holds, moved one stage on; the last stage's goes to the first."""
+    stages = lax.axis_size(STAGES)
+    return lax.ppermute(x, STAGES, [(i, (i + 1) % stages) for i in range(stages)])
+
+
+def to_stage_before(x: jax.Array) -> jax.Array:
+    """What each stage holds, moved one stage back; the first stage's goes to the last."""
+    stages = lax.axis_size(STAGES)
+    return lax.ppermute(x, STAGES, [(i, (i - 1) % stages) for i in range(stages)])
 
 
 def _letters(equation: str) -> tuple[str, str, str]:

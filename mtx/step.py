@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,17 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtx.layout import BoundLayout
+from mtx.layers import Context
+from mtx.layout import BoundLayout, Weight
 from mtx.losses import CrossEntropy, cross_entropy
 from mtx.model import Batch, Model
 from mtx.optim import Counter, Optimizer, Progress
+from mtx.pipeline import Engine, OneFOneB, Parts, Schedule, to_order, to_rows
 from mtx.spmd import Compiled, CompiledDoors, Doors, Manual, ManualDoors, Params, map_weights
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words, threefry2x32
+
+T = TypeVar("T")
 
 
 @partial(jax.tree_util.register_dataclass)
@@ -58,6 +62,8 @@ class Program:
     stored: Any
     mask: Mask
     steps: int
+    schedule: Schedule = OneFOneB()
+    """Of the mesh's pipeline stages, if there are several."""
 
     # Shardings.
 
@@ -129,6 +135,53 @@ class Program:
         shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.uint32))
         return jax.tree.map(at, shapes, self.state_shardings)
 
+    # The state with the layers in their own order: what checkpoints hold, alike on all meshes.
+
+    def abstract_ordered(self) -> TrainState:
+        """Its shapes and shardings."""
+        if self.model.placement.in_order:
+            return self.abstract_state()
+        layers = self.model.config.layers
+
+        def one(weight: Weight, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            if not weight.layers:
+                return x
+            at = self.sharding(self.layout.ordered_spec(weight, "weights"))
+            return jax.ShapeDtypeStruct((layers, *x.shape[1:]), x.dtype, sharding=at)
+
+        return self._each_weight(one, self.abstract_state())
+
+    def ordered(self, state: TrainState) -> TrainState:
+        """A state of this program, its layers in their own order. The state itself stays."""
+        return state if self.model.placement.in_order else self._to_order(state)
+
+    def placed(self, state: T) -> T:
+        """The inverse of `ordered`; of a whole state or of its `params` alone."""
+        return state if self.model.placement.in_order else self._to_rows(state)
+
+    @cached_property
+    def _to_order(self) -> Callable:
+        return jax.jit(partial(self._each_weight, partial(self._moved, to_order)))
+
+    @cached_property
+    def _to_rows(self) -> Callable:
+        return jax.jit(partial(self._each_weight, partial(self._moved, to_rows)))
+
+    def _moved(self, move: Callable, weight: Weight, x: jax.Array) -> jax.Array:
+        return move(self.mesh, self.layout, self.model.placement, weight, x) if weight.layers else x
+
+    def _each_weight(self, f: Callable, state: Any) -> Any:
+        """f(weight, x) of every x of a state, or of params alone, that is a weight or has a weight's shape."""
+        if not isinstance(state, TrainState):
+            return map_weights(f, self.weights, state)
+        moments = optax.tree_map_params(
+            self.transformation,  # pyrefly: ignore[bad-argument-type]: as above
+            lambda x, weight: f(weight, x),
+            state.moments,
+            self.weights,
+        )
+        return dataclasses.replace(state, params=map_weights(f, self.weights, state.params), moments=moments)
+
     def abstract_batch(self, microbatches: int, rows: int, time: int) -> Batch:
         """A Batch_MBT's shapes and shardings; `rows` is B, over all batch shards."""
         at = self.sharding(self.batch_spec)
@@ -170,8 +223,8 @@ class Program:
         sample_MB = jax.tree.map(lambda x: self._place(x, samples), state.samples.plus(row))
 
         def run(params: Params, batch: Batch, sample_MB: Counter, seed: jax.Array, count: jax.Array):
-            used = self.use(doors, params)
-            return self._reduce(doors, *self._accumulate(doors, used, batch, sample_MB, seed, count))
+            used, accumulate = self.use(doors, params), self._pipelined if self.stages > 1 else self._accumulate
+            return self._reduce(doors, *accumulate(doors, used, batch, sample_MB, seed, count))
 
         specs = (self.stored_specs, self.batch_spec, samples, P(), P())
         run = self.mapped(run, specs, (self.stored_specs, P()))
@@ -225,6 +278,8 @@ class Program:
 
     def use(self, doors: Doors, params: Params) -> Params:
         """Weights as the layers take them. Stages 1 and 2 gather here, once per step."""
+        if self.stages > 1:
+            params = map_weights(doors.gather_stages, self.weights, params)
         return params if doors.at_use else map_weights(doors.gather, self.weights, params)
 
     def _accumulate(self, doors, params, batch: Batch, sample_MB: Counter, seed, count) -> tuple[Params, jax.Array]:
@@ -248,13 +303,53 @@ class Program:
 
     def _sums(self, doors: Doors, params: Params, batch: Batch, key_B: Words | None) -> jax.Array:
         """(objective, cross entropy, label weight) of this rank's rows."""
-        h_BTD = self.model.hidden(params, batch, doors, self.mask, key_B)
-        head, vocab = self.model.head(params), self.model.config.vocab_size
+        return self._loss(doors, params["ends"], self.model.hidden(params, batch, doors, self.mask, key_B), batch)
+
+    def _loss(self, doors: Doors, ends: Params, h_BTD: jax.Array, batch: Batch) -> jax.Array:
+        head, vocab = self.model.head(ends), self.model.config.vocab_size
         objective, nll = cross_entropy(doors, self.loss, h_BTD, head, batch.targets, batch.weights, vocab)
         return jnp.stack([objective, nll, jnp.sum(batch.weights)])
 
     def _reduce(self, doors: Doors, gradients: Params, sums: jax.Array) -> tuple[Params, jax.Array]:
         return map_weights(doors.reduce_gradient, self.weights, gradients), doors.sum_over("B", sums)
+
+    # Pipelines.
+
+    @property
+    def stages(self) -> int:
+        return self.model.placement.stages
+
+    def _pipelined(self, doors, params, batch: Batch, sample_MB: Counter, seed, count) -> tuple[Params, jax.Array]:
+        """`_accumulate` over the stages of a pipeline: its microbatches are the step's."""
+        key_MB = sequence_keys(seed, sample_MB)
+        return self._engine(doors, batch.tokens.shape[0]).gradients(params, (batch, key_MB), count)
+
+    def _pipelined_sums(self, doors: Doors, params: Params, batch: Batch) -> jax.Array:
+        """`_sums` over the stages of a pipeline, which rows of one batch follow one another through."""
+        rows = batch.tokens.shape[0]
+        parts = max(n for n in range(1, min(rows, 4 * self.stages) + 1) if rows % n == 0)
+        batch_MBT = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        return self._engine(doors, parts, forward=True).sums(params, (batch_MBT, None))
+
+    def _engine(self, doors: Doors, microbatches: int, forward: bool = False) -> Engine:
+        model, config = self.model, self.model.config
+        keeps = forward or config.remat != "full"
+
+        def context(feed: Any) -> Context:
+            return model.context(feed[0], doors, self.mask, feed[1])
+
+        return Engine(
+            parts=Parts(
+                embed=lambda ends, feed: model.embed(ends, feed[0].tokens, context(feed)),
+                layer=lambda weights, x_BTD, feed, i: model.layer(weights, x_BTD, context(feed), i),
+                finish=lambda ends, x_BTD, feed: self._loss(doors, ends, model.norm(ends, x_BTD), feed[0]),
+            ),
+            placement=model.placement,
+            table=self.schedule.table(self.stages, microbatches, keeps=keeps),
+            weights=self.weights,
+            scatter=doors.scatter_microbatch,
+            unroll=config.unroll,
+        )
 
     # Steps.
 
@@ -311,7 +406,9 @@ class Program:
         doors = self.doors()
 
         def run(params: Params, batch: Batch) -> jax.Array:
-            return doors.sum_over("B", self._sums(doors, self.use(doors, params), batch, None)[1:])
+            used = self.use(doors, params)
+            sums = self._pipelined_sums(doors, used, batch) if self.stages > 1 else self._sums(doors, used, batch, None)
+            return doors.sum_over("B", sums[1:])
 
         with self.exact():
             return self.mapped(run, (self.stored_specs, self.rows_spec), P())(params, batch)

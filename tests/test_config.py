@@ -179,7 +179,10 @@ MISTAKES = {
         ("mesh=8", "mesh=8 must be a MeshConfig; set its fields: mesh.pipeline, mesh.replica, mesh.data, "),
         ("mesh.data=0", "mesh.data=0 must be a positive number of devices, or -1 for the rest of them."),
         ("mesh.model=-1", "mesh.model=-1 is a second -1 beside mesh.data; only one axis can take the rest"),
-        ("mesh.pipeline=2", "mesh.pipeline=2 is not built yet; set mesh.pipeline=1 and use replica, data and model."),
+        (
+            "mesh.context=2",
+            "mesh.context=2 is not built yet; set mesh.context=1 and use pipeline, replica, data and mod",
+        ),
         ("mesh.tensor=2", "mesh.tensor: MeshConfig has no field 'tensor'"),
         ("mesh.data=3", "mesh.data=3 uses 3 of 8 devices; try mesh.data=8, or "),
         ("mesh.model=3", "mesh.data=-1 mesh.model=3 does not divide 8 devices; try mesh.data=2 mesh.model=4"),
@@ -438,6 +441,33 @@ MISTAKES = {
             f"{TEXT}data.bad_records.budget=5",
             "data.bad_records.budget: Fail has no field 'budget'; Skip has it: add data.bad_records=Skip.",
         ),
+    ],
+    "OneFOneB": [
+        (
+            "mesh.pipeline=4",
+            "model.layers=2 are fewer than the 4 virtual stages of mesh.pipeline=4, each of which needs one; try "
+            "mesh.pipeline=2, or model.layers=4.",
+        ),
+        ("pipeline=1F1B", "pipeline=1F1B must be one of GPipe, OneFOneB, Interleaved, ZeroBubble"),
+        ("pipeline=onefoneb", "did you mean OneFOneB?"),
+        ("pipeline.chunks=2", "OneFOneB has no field 'chunks'"),
+        (
+            "mesh.pipeline=2 partition=Compiled",
+            "mesh.pipeline=2 needs partition=Manual: in Compiled no stage can do wor",
+        ),
+        ("layout.vocabulary=whole", "layout.vocabulary=whole must be one of sharded, replicated."),
+    ],
+    "GPipe": [
+        ("pipeline=gpip", "pipeline=gpip must be one of GPipe, OneFOneB, Interleaved, ZeroBubble; did you mean GPi")
+    ],
+    "ZeroBubble": [("pipeline=ZB-H1", "pipeline=ZB-H1 must be one of GPipe, OneFOneB, Interleaved, ZeroBubble")],
+    "Interleaved": [
+        (
+            "mesh.pipeline=2 pipeline=Interleaved",
+            "model.layers=2 are fewer than the 4 virtual stages of mesh.pipeline=2 x pipeline.chunks=2, each of which "
+            "needs one; try pipeline=OneFOneB, or model.layers=4.",
+        ),
+        ("pipeline=Interleaved pipeline.chunks=1", "pipeline.chunks=1 must be at least 2; one chunk per stage is One"),
     ],
     "Skip": [
         (

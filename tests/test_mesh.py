@@ -29,8 +29,10 @@ def test_idle_or_missing_devices_are_refused_with_what_is_legal(config: MeshConf
         mesh.sizes(config, 8)
 
 
-def test_what_is_proposed_is_legal():
-    for words in mesh.legal_meshes(12, {"replica": 1, "data": 5, "model": 2}):
+@pytest.mark.parametrize("pipeline", [1, 3, 5])
+def test_what_is_proposed_is_legal(pipeline: int):
+    wanted = {"pipeline": pipeline, "replica": 1, "data": 5, "model": 2}
+    for words in mesh.legal_meshes(12, wanted):
         sizes = {word.split("=")[0].removeprefix("mesh."): int(word.split("=")[1]) for word in words.split()}
         assert mesh.sizes(MeshConfig(**sizes), 12)
 

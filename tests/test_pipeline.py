@@ -74,12 +74,12 @@ def test_tables_are_legal_at_every_size(schedule):
 
 def test_a_table_is_constant_int32_with_named_columns():
     table = OneFOneB().table(2, 3)
-    assert table.rows.dtype == np.int32 and table.rows.shape == (5, 2, 13)
+    assert table.rows.dtype == np.int32 and table.rows.shape == (5, 2, 15)
     with pytest.raises(ValueError, match="read-only"):
         table.rows[0, 0, 0] = 1
     assert [Row(*row) for row in table.rows[1].tolist()] == [
-        Row(1, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1),
-        Row(0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, 0, -1),
+        Row(1, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1),
+        Row(0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, 0, -1),
     ]
 
 
@@ -433,7 +433,7 @@ def test_a_gradient_takes_its_slot_before_b_reads_and_an_activation_after():
 def test_a_table_of_another_shape_is_seen():
     table = OneFOneB().table(2, 2)
     for rows in (table.rows[:, :, :12], table.rows.astype(np.int64), table.rows[0], table.rows[:0]):
-        with pytest.raises(ValueError, match=r"a table is int32 \[ticks, stages, 13 columns\], not"):
+        with pytest.raises(ValueError, match=r"a table is int32 \[ticks, stages, 15 columns\], not"):
             simulate(replace(table, rows=rows))
     for said, why in (
         ({"microbatches": 1}, "F of microbatch 1, chunk 0: there are 1 microbatches and 1 chunks"),

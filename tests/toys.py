@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import numpy as np
 from mtx import mesh as meshes
 from mtx.attention import AttentionConfig
 from mtx.layers import Gelu, Learned, Llama3Scaling, RMSNorm, Rotary, SwiGLU
-from mtx.layout import BoundLayout, Layout, Row
+from mtx.layout import BoundLayout, Layout, Placement, Row
 from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
 from mtx.model import Batch, Model, Transformer, flatten
 from mtx.optim import Counter, Optimizer, Sgd
+from mtx.pipeline import OneFOneB, Schedule
 from mtx.spmd import Compiled, Manual
 from mtx.step import Program, TrainState
 from pallas_kernels.patterns import LocalGlobal
@@ -78,12 +80,16 @@ def program(
     stored=jnp.float32,
     devices=None,
     steps: int = 10,
+    stages: int = 1,
+    schedule: Schedule = OneFOneB(),
+    vocabulary: Literal["sharded", "replicated"] = "sharded",
 ) -> Program:
     replica, data, tensor = mesh
-    devices = jax.devices()[: math.prod(mesh)] if devices is None else devices
-    made = meshes.make(MeshConfig(replica=replica, data=data, model=tensor), devices)
-    layout = BoundLayout.of(Layout(zero=zero, sequence_parallel=sequence_parallel, rows=rows), dict(made.shape))
-    built = Model(model)
+    devices = jax.devices()[: stages * math.prod(mesh)] if devices is None else devices
+    made = meshes.make(MeshConfig(pipeline=stages, replica=replica, data=data, model=tensor), devices)
+    wanted = Layout(zero=zero, sequence_parallel=sequence_parallel, vocabulary=vocabulary, rows=rows)
+    layout = BoundLayout.of(wanted, dict(made.shape))
+    built = Model(model, Placement.even(model.layers, stages, schedule.per_stage() if stages > 1 else 1))
     layout.check(flatten(built.weights))
     return Program(
         model=built,
@@ -96,6 +102,7 @@ def program(
         stored=jnp.dtype(stored),
         mask=built.mask(documents),
         steps=steps,
+        schedule=schedule,
     )
 
 

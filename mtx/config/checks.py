@@ -12,9 +12,10 @@ from mtx.config.root import Config
 from mtx.config.schema import is_config, join, show
 from mtx.errors import Checked, ConfigError, DeviceError
 from mtx.layers import Learned
-from mtx.layout import RESIDUAL_TIME, BoundLayout
+from mtx.layout import LAYER, RESIDUAL_TIME, BoundLayout
 from mtx.mesh import batch_shards
 from mtx.mesh import sizes as mesh_sizes
+from mtx.spmd import Compiled
 from pallas_kernels.attention import Chip
 
 Said = tuple[str, str]  # (dotted path, the whole sentence)
@@ -157,6 +158,45 @@ def _time(case: _Case) -> Iterator[str]:
         )
 
 
+def _pipeline(case: _Case) -> Iterator[str]:
+    """What a pipeline needs of the rest of the config."""
+    config, stages = case.config, case.sizes["pipeline"]
+    if stages < 2:
+        return
+    chunks, layers = config.pipeline.per_stage(), config.model.layers
+    said = f"mesh.pipeline={stages}" + (f" x pipeline.chunks={chunks}" if chunks > 1 else "")
+    if isinstance(config.partition, Compiled):
+        yield f"mesh.pipeline={stages} needs partition=Manual: in Compiled no stage can do work of its own."
+    if not any(row.dimension == LAYER for row in config.layout.table()):
+        yield f"mesh.pipeline={stages} needs a row in layout.rows that splits layer over pipeline, as megatron() has."
+    if stages * chunks > layers:
+        tries = [f"mesh.pipeline={layers // chunks}"] if layers // chunks > 1 else []
+        tries += [f"pipeline.chunks={layers // stages}"] if layers // stages > 1 else []
+        tries += ["pipeline=OneFOneB"] if chunks > 1 and layers // stages == 1 else []
+        yield (
+            f"model.layers={layers} are fewer than the {stages * chunks} virtual stages of {said}, each of which needs "
+            f"one; try {', or '.join([*tries, f'model.layers={stages * chunks}'])}."
+        )
+    yield from _microbatch_count(case, stages)
+
+
+def _microbatch_count(case: _Case, stages: int) -> Iterator[str]:
+    """A count of microbatches that the schedule cannot take."""
+    config, shards = case.config, case.layout.size(*case.layout.batch_axes)
+    each, rest = divmod(config.batch.global_size, shards)
+    micro = config.batch.micro_size or each
+    if -1 in case.sizes.values() or rest or each % micro:
+        return
+    count = each // micro
+    if not config.pipeline.fits(stages, count):
+        tries = [n * micro * shards for n in config.pipeline.nearest(count, stages)]
+        yield (
+            f"pipeline={type(config.pipeline).__name__} cannot take the {count} microbatches of a step over "
+            f"mesh.pipeline={stages} (batch.global_size={config.batch.global_size} by {micro} on each of {shards} data "
+            f"shards); try batch.global_size={_either(tries)}, or another batch.micro_size."
+        )
+
+
 def _positions(case: _Case) -> Iterator[str]:
     length, positions = case.config.batch.sequence_length, case.config.model.positions
     if isinstance(positions, Learned) and length > positions.length:
@@ -252,6 +292,7 @@ def _backend(case: _Case) -> Iterator[str]:
 _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...] = (
     (("batch", "mesh", "layout", "model"), _batch),
     (("batch", "mesh", "layout"), _time),
+    (("batch", "mesh", "layout", "model", "pipeline", "partition"), _pipeline),
     (("batch", "model"), _positions),
     (("batch", "model"), _pattern),
     (("data", "model"), _vocabulary),

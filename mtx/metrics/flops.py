@@ -18,7 +18,7 @@ def flops_per_token(model: Model, sequence_length: int) -> float:
     keys, and probabilities with values, over all T keys. A causal mask does not halve it, remat adds nothing.
     """
     config = model.config
-    weights = flatten(model.weights)
+    weights = flatten(model.ordered_weights)
     counted = [w for path, w in weights.items() if w.is_matrix and path not in _LOOKUPS]
     matmul = sum(math.prod(w.shape) for w in counted)
     if config.tied_head:

@@ -5,6 +5,8 @@ holds the clock of a tick); `simulate` refuses a table that would compute someth
 `python -m mtx.pipeline --stages 4 --microbatches 8 --schedule OneFOneB --draw out.svg` shows one.
 """
 
+from mtx.pipeline.engine import Engine, Parts
+from mtx.pipeline.order import to_order, to_rows
 from mtx.pipeline.schedules import (
     NOTHING,
     AnySchedule,
@@ -24,10 +26,12 @@ __all__ = [
     "NOTHING",
     "AnySchedule",
     "Costs",
+    "Engine",
     "Figures",
     "GPipe",
     "Interleaved",
     "OneFOneB",
+    "Parts",
     "Row",
     "Schedule",
     "Table",
@@ -35,4 +39,6 @@ __all__ = [
     "ZeroBubble",
     "lay_out",
     "simulate",
+    "to_order",
+    "to_rows",
 ]

@@ -23,6 +23,10 @@ The two permutes are rings: the last stage is followed by the first, one chunk o
 The first virtual stage has no slot for its input (it embeds the tokens again), the last none for the gradient of
 its output (it has the loss), and nothing keeps the last one's output: a B that computes its stage anew can do
 without that F altogether.
+
+So far of tables whose Bs compute their stage anew. In one laid out with `keeps`, F writes what its B will need to slot
+`f_keep`, and the slot of its input is free from then on; B reads that in slot `b_keep`, free from then on, and has no
+`b_slot`.
 """
 
 from collections.abc import Iterator
@@ -62,6 +66,10 @@ class Row(NamedTuple):
     """Weight slot with what its B left for it."""
     b_wslot: Any
     """Weight slot to which B writes what its W will need; nothing in a table without W."""
+    f_keep: Any
+    """Kept slot to which F writes what its B will need; nothing in a table whose Bs compute their stage anew."""
+    b_keep: Any
+    """Kept slot with what its F left for B."""
     y_arrival: Any
     """Stash slot for the activation that arrives as the tick closes."""
     g_arrival: Any
@@ -99,6 +107,17 @@ class Table:
         return bool(max(at.w_mb.max(), at.b_wslot.max()) > NOTHING)
 
     @property
+    def keeps(self) -> bool:
+        """Whether Fs keep for their Bs what those need, so that nothing is computed anew."""
+        return bool(self.columns.b_keep.max() > NOTHING)
+
+    @property
+    def kept_slots(self) -> int:
+        """Slots of the buffer of what Fs keep for their Bs; 0 in a table whose Bs compute their stage anew."""
+        at = self.columns
+        return 1 + int(max(at.f_keep.max(), at.b_keep.max()))
+
+    @property
     def stash_slots(self) -> int:
         """Slots of the buffer of stage inputs, the same on all stages."""
         at = self.columns
@@ -126,8 +145,10 @@ class Ticks(NamedTuple):
     """None: B computes the weight gradients too."""
 
 
-def lay_out(stages: int, ticks: Ticks) -> Table:
+def lay_out(stages: int, ticks: Ticks, *, keeps: bool = False) -> Table:
     """The table of jobs at given ticks, with the fewest slots on every stage. Dependencies are `simulate`'s to check.
+
+    keeps: whether Fs keep for their Bs what those need; else Bs compute their stage anew from its input.
 
     Raises: ValueError for jobs that do not fit into a table: two in one place, or before tick 0.
     """
@@ -146,13 +167,18 @@ def lay_out(stages: int, ticks: Ticks) -> Table:
     table = Table(rows=rows, microbatches=microbatches, chunks=virtual // stages)
     at = table.columns
     slot = np.full(forward.shape, NOTHING)
-    slot[1:] = _slots(stage[1:], forward[:-1] + 1, backward[1:] + 1)
+    slot[1:] = _slots(stage[1:], forward[:-1] + 1, (forward if keeps else backward)[1:] + 1)
     gslot = np.full(forward.shape, NOTHING)
     gslot[:-1] = _slots(stage[:-1], backward[1:] + 1, backward[:-1] + 1)
 
     at.f_mb[forward, stage], at.f_chunk[forward, stage], at.f_slot[forward, stage] = mb, chunk, slot
     at.b_mb[backward, stage], at.b_chunk[backward, stage] = mb, chunk
-    at.b_slot[backward, stage], at.b_gslot[backward, stage] = slot, gslot
+    at.b_gslot[backward, stage] = gslot
+    if keeps:
+        kept = _slots(stage, forward, backward + 1)
+        at.f_keep[forward, stage], at.b_keep[backward, stage] = kept, kept
+    else:
+        at.b_slot[backward, stage] = slot
     at.y_arrival[forward[:-1], stage[1:]] = slot[1:]
     at.g_arrival[backward[1:] + 1, stage[:-1]] = gslot[:-1]
     if weight is not None:
@@ -194,6 +220,10 @@ class Schedule:
     def check(self) -> Iterator[Problem]:
         yield from ()
 
+    def per_stage(self) -> int:
+        """Virtual stages on each stage."""
+        return 1
+
     def ticks(self, stages: int, microbatches: int) -> Ticks:
         """When each job runs, by the clock of this module's docstring. Pure."""
         raise AssertionError("a subclass defines it")
@@ -209,13 +239,16 @@ class Schedule:
         found = {next((n for n in way if self.fits(stages, n)), None) for way in ways}
         return tuple(sorted(n for n in found if n is not None))
 
-    def table(self, stages: int, microbatches: int) -> Table:
-        """The schedule's table. Raises: ConfigError for a count of microbatches that it cannot take."""
+    def table(self, stages: int, microbatches: int, *, keeps: bool = False) -> Table:
+        """The schedule's table; `keeps` as in `lay_out`.
+
+        Raises: ConfigError for a count of microbatches that it cannot take.
+        """
         if not self.fits(stages, microbatches):
             tries = " or ".join(map(str, self.nearest(microbatches, stages)))
             name = type(self).__name__
             raise ConfigError(f"{name} cannot take {microbatches} microbatches over {stages} stages; try {tries}.")
-        return lay_out(stages, self.ticks(stages, microbatches))
+        return lay_out(stages, self.ticks(stages, microbatches), keeps=keeps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +295,9 @@ class Interleaved(Schedule):
     def check(self) -> Iterator[Problem]:
         if self.chunks < 2:
             yield "chunks", "must be at least 2; one chunk per stage is OneFOneB"
+
+    def per_stage(self) -> int:
+        return self.chunks
 
     def ticks(self, stages: int, microbatches: int) -> Ticks:
         k, mb = np.indices((stages * self.chunks, microbatches))

@@ -42,6 +42,8 @@ class Figures:
     """The most gradients of outputs that each stage holds at once."""
     weights: tuple[int, ...]
     """The most Ws for which each stage holds operands at once."""
+    kept: tuple[int, ...]
+    """The most Bs for which each stage holds operands at once; 0 where Bs compute their stage anew."""
 
     @property
     def bubble(self) -> float:
@@ -79,6 +81,7 @@ def simulate(table: Table, costs: Costs = Costs()) -> Figures:
         stash=tuple(stage.stash.peak for stage in stages),
         gradients=tuple(stage.gradients.peak for stage in stages),
         weights=tuple(stage.weights.peak for stage in stages),
+        kept=tuple(stage.kept.peak for stage in stages),
     )
 
 
@@ -131,8 +134,9 @@ class _Stage:
     """One stage while a table runs. Each phase of a tick returns what is wrong, if anything."""
 
     def __init__(self, table: Table, index: int):
-        self.table, self.index, self.splits = table, index, table.has_weight_jobs
+        self.table, self.index, self.splits, self.keeps = table, index, table.has_weight_jobs, table.keeps
         self.stash, self.gradients, self.weights = _Buffer("input"), _Buffer("gradient"), _Buffer("operand of W")
+        self.kept = _Buffer("operand of B")
         self.done: dict[str, set[_Job]] = {"F": set(), "B": set()}
         if self.splits:
             self.done["W"] = set()
@@ -156,10 +160,16 @@ class _Stage:
         self.activation = None
         job = _Job(row.f_mb, row.f_chunk, self.index)
         if row.f_mb == NOTHING:
-            return _not_empty("F", row.f_chunk, row.f_slot)
-        problem = self._once("F", job) or self.stash.miss(row.f_slot, job, needed=not self.first(job))
+            return _not_empty("F", row.f_chunk, row.f_slot, row.f_keep)
+        problem = (
+            self._once("F", job)
+            or self.stash.miss(row.f_slot, job, needed=not self.first(job))
+            or self._leave(self.kept, row.f_keep, job, needed=self.keeps)
+        )
         if problem:
             return f"F of {job}: {problem}"
+        if self.keeps:
+            self.stash.held.pop(row.f_slot, None)
         if not self.last(job):
             wrapped = self.index == self.table.stages - 1
             self.activation = _Job(job.mb, job.chunk + wrapped, (self.index + 1) % self.table.stages)
@@ -168,17 +178,19 @@ class _Stage:
     def backward(self, row: Row, before: "_Stage", after: "_Stage") -> str | None:
         job = _Job(row.b_mb, row.b_chunk, self.index)
         if row.b_mb == NOTHING:
-            return _not_empty("B", row.b_chunk, row.b_slot, row.b_gslot, row.b_wslot)
+            return _not_empty("B", row.b_chunk, row.b_slot, row.b_keep, row.b_gslot, row.b_wslot)
         problem = (
             self._once("B", job)
             or (None if job in self.done["F"] else "its F has not run")
-            or self.stash.miss(row.b_slot, job, needed=not self.first(job))
+            or self.stash.miss(row.b_slot, job, needed=not self.first(job) and not self.keeps)
+            or self.kept.miss(row.b_keep, job, needed=self.keeps)
             or self.gradients.miss(row.b_gslot, job, needed=not self.last(job))
-            or self._leave_for_weight(row.b_wslot, job)
+            or self._leave(self.weights, row.b_wslot, job, needed=self.splits)
         )
         if problem:
             return f"B of {job}: {problem}"
         self.stash.held.pop(row.b_slot, None)
+        self.kept.held.pop(row.b_keep, None)
         self.gradients.held.pop(row.b_gslot, None)
         if not self.first(job):
             wrapped = self.index == 0
@@ -194,8 +206,9 @@ class _Stage:
         del self.weights.held[row.w_slot]
         return None
 
-    def _leave_for_weight(self, slot: int, job: _Job) -> str | None:
-        return self.weights.put(slot, job) if self.splits else self.weights.miss(slot, job, needed=False)
+    @staticmethod
+    def _leave(buffer: "_Buffer", slot: int, job: _Job, *, needed: bool) -> str | None:
+        return buffer.put(slot, job) if needed else buffer.miss(slot, job, needed=False)
 
     def undone(self) -> Iterator[str]:
         """What is missing when all ticks are over."""

@@ -17,9 +17,10 @@ from mtx import mesh as meshes
 from mtx.attention import choose_backend
 from mtx.config import Config, Loaded
 from mtx.errors import DataError
-from mtx.layout import BoundLayout
+from mtx.layout import BoundLayout, Placement
 from mtx.metrics import peak_flops
 from mtx.model import Model, flatten
+from mtx.pipeline import simulate
 from mtx.step import Program
 from pallas_kernels.attention import Chip
 
@@ -31,7 +32,9 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
     """The program that a config describes, on these devices (present or not); `steps` is the run's length."""
     mesh = meshes.make(config.mesh, devices)
     layout = BoundLayout.of(config.layout, dict(mesh.shape))
-    model = Model(config.model)
+    stages = mesh.shape["pipeline"]
+    chunks = config.pipeline.per_stage() if stages > 1 else 1
+    model = Model(config.model, Placement.even(config.model.layers, stages, chunks))
     layout.check(flatten(model.weights))
     compute, _ = config.precision.resolve(devices[0])
     mask = model.mask(config.data.isolate_documents)
@@ -61,6 +64,7 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
         stored=jnp.dtype(config.precision.params),
         mask=mask,
         steps=steps or config.steps or 1,
+        schedule=config.pipeline,
     )
 
 
@@ -104,7 +108,7 @@ def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, step
     device = program.mesh.devices.flat[0]
     dtype, why = program.compute.name, config.precision.resolve(device)[1]
     weights = flatten(program.model.weights)
-    parameters = sum(math.prod(w.shape) for w in weights.values())
+    parameters = sum(math.prod(w.shape) for w in flatten(program.model.ordered_weights).values())
     count = configs.microbatches(config, dict(program.mesh.shape))
     tokens = config.batch.global_size * config.batch.sequence_length
     epochs = steps * config.batch.global_size / corpus.train_windows(config.batch.sequence_length)
@@ -118,6 +122,7 @@ def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, step
             f"model       {parameters:,} parameters, {config.model.layers} layers of width {config.model.width}",
             f"batch       {tokens:,} tokens: {config.batch.global_size} x {config.batch.sequence_length} "
             f"in {count} microbatch{'es' if count > 1 else ''}",
+            *([f"pipeline    {_pipeline(program, count)}"] if program.stages > 1 else []),
             f"data        {corpus.describe()}",
             f"length      {steps:,} steps, {steps * tokens:,} tokens, {epochs:.2f} epochs",
             f"run folder  {workdir} ({_saves(config)})",
@@ -125,6 +130,20 @@ def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, step
             + (f"of {peak / 1e12:.0f} TFLOP/s" if peak else f"n/a: no peak is known for {device.device_kind}, {dtype}"),
             program.layout.show(weights, program.stored.itemsize, verbose),
         ]
+    )
+
+
+def _pipeline(program: Program, microbatches: int) -> str:
+    """The schedule, and what it costs if a stage's backward pass takes twice its forward pass."""
+    place, keeps = program.model.placement, program.model.config.remat != "full"
+    table = program.schedule.table(place.stages, microbatches, keeps=keeps)
+    found = simulate(table)
+    layers = "-".join(str(n) for n in sorted({min(place.counts), max(place.counts)}))
+    held = f"{max(found.kept)} microbatches' activations" if keeps else f"{max(found.stash)} microbatches' inputs"
+    return (
+        f"{program.schedule}".removesuffix("()")
+        + f", {place.stages} stages of {place.chunks} x {layers} layers, {found.ticks} ticks, idle {found.bubble:.0%} "
+        f"of the time, at most {held} of a stage are held"
     )
 
 

@@ -225,7 +225,7 @@ class Loop:
 
     def save(self, val_loss: float | None = None) -> None:
         with self.clock.excluded():
-            self.store.save(self.state, self.step, self.about(), val_loss)
+            self.store.save(self.program.ordered(self.state), self.step, self.about(), val_loss)
         self.saved = self.step
 
     def about(self) -> Mapping[str, Any]:

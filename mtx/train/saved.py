@@ -88,7 +88,7 @@ def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept
     while (found := store.newest(below, skipped)) is not None:
         refuse_changes(found, config, corpus, accept_changes)
         try:
-            state = store.restore(found, program.abstract_state())
+            state = program.placed(store.restore(found, program.abstract_ordered()))
         except DigestError as error:  # on every process alike; anything else is no damage, and ends this process
             below, skipped = found.step, [*found.skipped, (found.step, str(error))]
             continue
@@ -181,7 +181,8 @@ def weights(path: Path, program: Program, step: int | None = None) -> tuple[Foun
     for skipped, why in found.skipped:
         log.warning("step %d is skipped: %s", skipped, why)
     try:
-        return found, store.restore(found, {"params": program.abstract_state().params})["params"]
+        params = store.restore(found, {"params": program.abstract_ordered().params})["params"]
+        return found, program.placed(params)
     except DigestError as error:
         raise CheckpointError(f"step {found.step} of {path} cannot be used: {error}.") from error
 

@@ -1,0 +1,495 @@
+"""Runs a table of ticks inside the Manual region: the gradients of one step, or the loss alone.
+
+One `lax.scan` over ticks, which is never differentiated: each tick calls `jax.vjp` itself, and gradients are carried.
+So nothing is saved per tick, and what a schedule stashes is all that it holds. The clock of a tick is that of
+`mtx.pipeline.schedules`. A stage that has nothing to do in a slot does nothing: its work is behind `lax.cond`, whose
+predicate all ranks of a stage share, so that they may still talk to one another inside; between stages only the two
+permutes talk, in every tick.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtx.layout import STAGES, Placement, Weight
+from mtx.pipeline.schedules import NOTHING, Row, Table
+from mtx.pipeline.split import Halves, halves
+from mtx.spmd import Params, map_weights, to_next_stage, to_stage_before
+
+Feed = Any
+"""What the model reads of a microbatch, besides activations: a tree of arrays."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model, cut where pipelines cut it."""
+
+    embed: Callable[[Params, Feed], jax.Array]
+    """(ends, feed) -> x_BTD, which the first layer reads."""
+    layer: Callable[[Params, jax.Array, Feed, jax.Array], jax.Array]
+    """(one layer's weights, x_BTD, feed, the layer's number) -> x_BTD."""
+    finish: Callable[[Params, jax.Array, Feed], jax.Array]
+    """(ends, x_BTD, feed) -> float32 sums, of which the first is minimised."""
+
+
+class Place(NamedTuple):
+    """A virtual stage of this stage, as traced numbers."""
+
+    row: jax.Array
+    """Its first row in the stage's stacked weights."""
+    layer: jax.Array
+    """Its first layer."""
+    count: jax.Array
+    """How many it has."""
+    is_first: jax.Array
+    is_last: jax.Array
+
+
+class Carry(NamedTuple):
+    """What a tick changes, on each stage."""
+
+    stash: jax.Array
+    """Inputs of virtual stages, [slots, B, T, D]."""
+    gradients: jax.Array
+    """Gradients of their outputs, [slots, B, T, D]."""
+    sent: jax.Array
+    """The gradient that leaves when the next tick opens."""
+    kept: list[jax.Array]
+    """What Fs keep for Bs, [slots, rows of a virtual stage, ...]."""
+    outputs: jax.Array
+    """The last virtual stage's outputs, by the slots of `kept`."""
+    waiting: list[jax.Array]
+    """What Bs leave for Ws, [slots, rows of a virtual stage, ...]."""
+    layers: Params
+    """Sums of weights' gradients, float32, in the accumulator's sharding."""
+    ends: Params
+    sums: jax.Array
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One table for one model. Called where shapes are one device's."""
+
+    parts: Parts
+    placement: Placement
+    table: Table
+    weights: Params
+    """The declarations: `ends` and stacked `layers`."""
+    scatter: Callable[[Weight, jax.Array], jax.Array]
+    """What of a microbatch's gradient of a weight is accumulated."""
+    unroll: int = 1
+
+    # The step.
+
+    def gradients(self, params: Params, feed_M: Feed, count: jax.Array) -> tuple[Params, jax.Array]:
+        """(gradients, sums) of the first `count` microbatches: what this stage has of them, and the last stage's sums,
+        on every stage."""
+        run = _Run(self, params, feed_M)
+        rows = lax.dynamic_index_in_dim(jnp.asarray(self.table.rows), run.stage, axis=1, keepdims=False)
+        carry, _ = lax.scan(lambda carry, row: (run.tick(carry, Row(*row), count), None), run.start(), rows)
+        return {"ends": carry.ends, "layers": carry.layers}, lax.psum(carry.sums, STAGES)
+
+    def sums(self, params: Params, feed_M: Feed) -> jax.Array:
+        """The sums of all microbatches, forward only; the table must be one that `keeps`."""
+        run = _Run(self, params, feed_M)
+        last = 1 + int((self.table.columns.f_mb > NOTHING).any(axis=1).nonzero()[0].max())
+        rows = lax.dynamic_index_in_dim(jnp.asarray(self.table.rows[:last]), run.stage, axis=1, keepdims=False)
+        start = run.empty(self.table.stash_slots), jnp.zeros(run.sums_shape.shape, jnp.float32)
+        (_, sums), _ = lax.scan(lambda carry, row: (run.forward_tick(*carry, Row(*row)), None), start, rows)
+        return lax.psum(sums, STAGES)
+
+
+class _Run:
+    """An engine at work on given arrays."""
+
+    def __init__(self, engine: Engine, params: Params, feed_M: Feed):
+        self.engine, self.parts, self.placement, self.table = engine, engine.parts, engine.placement, engine.table
+        self.layers, self.ends, self.feed_M = params["layers"], params["ends"], feed_M
+        self.keeps, self.splits = self.table.keeps, self.table.has_weight_jobs
+        self.stage = lax.axis_index(STAGES)
+        feed = jax.eval_shape(self.feed, jnp.zeros((), jnp.int32))
+        self.x_shape = jax.eval_shape(self.parts.embed, self.ends, feed)
+        self.sums_shape = jax.eval_shape(self.parts.finish, self.ends, self.x_shape, feed)
+        self.embeds = _used(lambda ends: self.parts.embed(ends, feed_of(feed)), self.ends)
+        self.finishes = _used(
+            lambda ends: self.parts.finish(ends, jnp.zeros(self.x_shape.shape, self.x_shape.dtype), feed_of(feed)),
+            self.ends,
+        )
+
+    def feed(self, microbatch: jax.Array) -> Feed:
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, microbatch, keepdims=False), self.feed_M)
+
+    def place(self, chunk: jax.Array) -> Place:
+        place = self.placement
+        virtual = chunk * place.stages + self.stage
+        return Place(
+            row=chunk * place.size,
+            layer=jnp.asarray(place.first)[virtual],
+            count=jnp.asarray(place.counts)[virtual],
+            is_first=virtual == 0,
+            is_last=virtual == len(place.counts) - 1,
+        )
+
+    def empty(self, slots: int) -> jax.Array:
+        return jnp.zeros((slots, *self.x_shape.shape), self.x_shape.dtype)
+
+    def start(self) -> Carry:
+        engine, table, size = self.engine, self.table, self.placement.size
+
+        def buffers(slots: int, shapes: list[Any]) -> list[jax.Array]:
+            return [jnp.zeros((slots, size, *x.shape), x.dtype) for x in shapes] if slots else []
+
+        def sums(weights: Params, values: Params) -> Params:
+            shapes = jax.eval_shape(lambda p: map_weights(engine.scatter, weights, p), values)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+
+        return Carry(
+            stash=self.empty(table.stash_slots),
+            gradients=self.empty(table.gradient_slots),
+            sent=jnp.zeros(self.x_shape.shape, self.x_shape.dtype),
+            kept=buffers(table.kept_slots, self.form.kept),
+            outputs=self.empty(table.kept_slots),
+            waiting=buffers(table.weight_slots, self.split.left if table.weight_slots else []),
+            layers=sums(engine.weights["layers"], self.layers),
+            ends=sums(engine.weights["ends"], self.ends),
+            sums=jnp.zeros(self.sums_shape.shape, jnp.float32),
+        )
+
+    # A tick.
+
+    def tick(self, carry: Carry, row: Row, count: jax.Array) -> Carry:
+        carry = carry._replace(gradients=_put(carry.gradients, row.g_arrival, to_stage_before(carry.sent)))
+        with jax.named_scope("forward"):
+            carry, y_BTD = self._forward(carry, row, count)
+        arriving = to_next_stage(y_BTD)
+        with jax.named_scope("backward"):
+            carry = self._backward(carry, row, count)
+        if self.splits:
+            with jax.named_scope("weights"):
+                carry = self._weights(carry, row, count)
+        return carry._replace(stash=_put(carry.stash, row.y_arrival, arriving))
+
+    def _forward(self, carry: Carry, row: Row, count: jax.Array) -> tuple[Carry, jax.Array]:
+        place, runs = self.place(row.f_chunk), _is_job(row.f_mb, count)
+
+        def run() -> tuple[list[jax.Array], jax.Array, jax.Array]:
+            feed = self.feed(row.f_mb)
+            x_BTD = self._input(carry.stash, row.f_slot, place, feed)
+            if not self.keeps:
+                return carry.kept, carry.outputs, self.through(x_BTD, place, feed)
+            y_BTD, kept = self.through_keeping(x_BTD, place, feed, carry.kept, row.f_keep)
+            return kept, _write(carry.outputs, y_BTD, row.f_keep), y_BTD
+
+        if not self.keeps:
+            runs &= ~place.is_last  # B computes it
+        kept, outputs, y_BTD = lax.cond(runs, run, lambda: (carry.kept, carry.outputs, self._nothing()))
+        return carry._replace(kept=kept, outputs=outputs), y_BTD
+
+    def forward_tick(self, stash: jax.Array, sums: jax.Array, row: Row) -> tuple[jax.Array, jax.Array]:
+        place = self.place(row.f_chunk)
+
+        def run() -> tuple[jax.Array, jax.Array]:
+            feed = self.feed(row.f_mb)
+            y_BTD = self.through(self._input(stash, row.f_slot, place, feed), place, feed)
+            more = lax.cond(
+                place.is_last, lambda: self.parts.finish(self.ends, y_BTD, feed), lambda: jnp.zeros_like(sums)
+            )
+            return y_BTD, sums + more
+
+        y_BTD, sums = lax.cond(row.f_mb > NOTHING, run, lambda: (self._nothing(), sums))
+        return _put(stash, row.y_arrival, to_next_stage(y_BTD)), sums
+
+    def _backward(self, carry: Carry, row: Row, count: jax.Array) -> Carry:
+        place = self.place(row.b_chunk)
+
+        def run() -> Carry:
+            feed = self.feed(row.b_mb)
+            if self.keeps:
+                y_BTD, kept, slot = _read(carry.outputs, row.b_keep), carry.kept, row.b_keep
+            else:
+                x_BTD = self._input(carry.stash, row.b_slot, place, feed)
+                y_BTD, stacked = self.through_keeping(x_BTD, place, feed)
+                kept, slot = [x[None] for x in stacked], jnp.zeros((), jnp.int32)
+            new, gy_BTD = self._turn(carry, row, place, y_BTD, feed)
+            new, gx_BTD = self._back(new, row, place, gy_BTD, kept, slot)
+            return self._unembed(new, place, gx_BTD, feed)._replace(sent=gx_BTD)
+
+        idle = carry._replace(sent=self._nothing())
+        return lax.cond(_is_job(row.b_mb, count), run, lambda: idle)
+
+    def _turn(self, carry: Carry, row: Row, place: Place, y_BTD: jax.Array, feed: Feed) -> tuple[Carry, jax.Array]:
+        """The gradient of a virtual stage's output: the loss's on the last, elsewhere what has arrived."""
+
+        def loss() -> tuple[Params, jax.Array, jax.Array]:
+            def objective(some: list[jax.Array], y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+                sums = self.parts.finish(self.finishes.put(self.ends, some), y_BTD, feed)
+                return sums[0], sums
+
+            some = self.finishes.take(self.ends)
+            (found, gy_BTD), sums = jax.grad(objective, (0, 1), has_aux=True)(some, y_BTD)
+            return self._plus(carry.ends, self.finishes, found), carry.sums + sums, gy_BTD
+
+        ends, sums, gy_BTD = lax.cond(
+            place.is_last, loss, lambda: (carry.ends, carry.sums, _read(carry.gradients, row.b_gslot))
+        )
+        return carry._replace(ends=ends, sums=sums), gy_BTD
+
+    def _unembed(self, carry: Carry, place: Place, gx_BTD: jax.Array, feed: Feed) -> Carry:
+        """On the first virtual stage, the gradients of what embeds tokens."""
+
+        def run() -> Params:
+            def embed(some: list[jax.Array]) -> jax.Array:
+                return self.parts.embed(self.embeds.put(self.ends, some), feed)
+
+            (found,) = jax.vjp(embed, self.embeds.take(self.ends))[1](gx_BTD)
+            return self._plus(carry.ends, self.embeds, found)
+
+        return carry._replace(ends=lax.cond(place.is_first, run, lambda: carry.ends))
+
+    def _plus(self, ends: Params, used: "_Used", found: list[jax.Array]) -> Params:
+        weights = used.take(self.engine.weights["ends"])
+        found = [self.engine.scatter(w, g).astype(jnp.float32) for w, g in zip(weights, found, strict=True)]
+        return used.put(ends, [old + new for old, new in zip(used.take(ends), found, strict=True)])
+
+    def _input(self, stash: jax.Array, slot: jax.Array, place: Place, feed: Feed) -> jax.Array:
+        return lax.cond(place.is_first, lambda: self.parts.embed(self.ends, feed), lambda: _read(stash, slot))
+
+    def _nothing(self) -> jax.Array:
+        return jnp.zeros(self.x_shape.shape, self.x_shape.dtype)
+
+    # The layers of a virtual stage.
+
+    def layer_weights(self, row: jax.Array) -> Params:
+        return jax.tree.map(lambda w: _read(w, row), self.layers)
+
+    def if_there(self, place: Place, i: jax.Array, run: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        """`run()` if the virtual stage has an i-th layer, as all have where they are even."""
+        return run() if self.placement.is_even else lax.cond(i < place.count, run, otherwise)
+
+    def through(self, x_BTD: jax.Array, place: Place, feed: Feed) -> jax.Array:
+        """x_BTD after the layers of a virtual stage."""
+
+        def layer(x_BTD: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+            def run() -> jax.Array:
+                return self.parts.layer(self.layer_weights(place.row + i), x_BTD, feed, place.layer + i)
+
+            return self.if_there(place, i, run, lambda: x_BTD), None
+
+        return self._scan(layer, x_BTD)[0]
+
+    def through_keeping(
+        self,
+        x_BTD: jax.Array,
+        place: Place,
+        feed: Feed,
+        kept: list[jax.Array] | None = None,
+        slot: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The same, and what the backward pass needs of every layer: in a slot of buffers, or stacked."""
+
+        def layer(now: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
+            x_BTD, kept = now
+
+            def run() -> tuple[jax.Array, list[jax.Array]]:
+                y_BTD, left = self._keep(self.layer_weights(place.row + i), x_BTD, feed, place.layer + i)
+                if kept is None:
+                    return y_BTD, left
+                assert slot is not None
+                return y_BTD, _write_all(kept, left, slot, i)
+
+            def skip() -> tuple[jax.Array, list[jax.Array]]:
+                return x_BTD, [jnp.zeros(x.shape, x.dtype) for x in self.form.kept] if kept is None else kept
+
+            y_BTD, left = self.if_there(place, i, run, skip)
+            return ((y_BTD, None), left) if kept is None else ((y_BTD, left), None)
+
+        (y_BTD, kept), stacked = self._scan(layer, (x_BTD, kept))
+        return y_BTD, stacked if kept is None else kept
+
+    def _keep(
+        self, weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """A layer's result and the residuals of its vjp, but for the weights among them."""
+        y_BTD, vjp = jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
+        return y_BTD, _Form.of(vjp, weights).without(vjp)
+
+    @cached_property
+    def form(self) -> "_Form":
+        """What a layer's vjp is made of."""
+        found: list[_Form] = []
+
+        def trace(weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array) -> list[jax.Array]:
+            _, vjp = jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
+            found.append(_Form.of(vjp, weights))
+            return found[0].without(vjp)
+
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        shapes = jax.eval_shape(lambda i: (self.layer_weights(i), self.feed(i)), number)
+        kept = jax.eval_shape(trace, shapes[0], self.x_shape, shapes[1], number)
+        return found[0]._replace(kept=kept)
+
+    def _back(
+        self,
+        carry: Carry,
+        row: Row,
+        place: Place,
+        gy_BTD: jax.Array,
+        kept: list[jax.Array],
+        slot: jax.Array,
+    ) -> tuple[Carry, jax.Array]:
+        """The gradient of a virtual stage's input; those of its weights are summed, or left for W."""
+
+        def layer(now: tuple[jax.Array, Params, list[jax.Array]], i: jax.Array) -> tuple[Any, None]:
+            gy_BTD, sums, waiting = now
+
+            def run() -> tuple[jax.Array, Params, list[jax.Array]]:
+                weights, given = self.layer_weights(place.row + i), [_read(x, slot, i) for x in kept]
+                if self.splits:
+                    found, (gx_BTD,), left = self.split.halves.now(jax.tree.leaves(weights), [*given, gy_BTD])
+                    written = _write_all(waiting, left, row.b_wslot, i)
+                else:
+                    found, gx_BTD = self.form.vjp(weights, given)(gy_BTD)
+                    found, written = jax.tree.leaves(found), waiting
+                return gx_BTD, self._add(sums, found, place.row + i), written
+
+            return self.if_there(place, i, run, lambda: now), None
+
+        start = gy_BTD, carry.layers, carry.waiting
+        (gx_BTD, sums, waiting), _ = self._scan(layer, start, reverse=True)
+        return carry._replace(layers=sums, waiting=waiting), gx_BTD
+
+    def _weights(self, carry: Carry, row: Row, count: jax.Array) -> Carry:
+        """W: the weights' gradients that a B has put off."""
+        place = self.place(row.w_chunk)
+
+        def layer(sums: Params, i: jax.Array) -> tuple[Params, None]:
+            def run() -> Params:
+                left = [_read(x, row.w_slot, i) for x in carry.waiting]
+                found = self.split.halves.later(jax.tree.leaves(self.layer_weights(place.row + i)), left)
+                return self._add(sums, found, place.row + i)
+
+            return self.if_there(place, i, run, lambda: sums), None
+
+        def run() -> Params:
+            return self._scan(layer, carry.layers)[0]
+
+        return carry._replace(layers=lax.cond(_is_job(row.w_mb, count), run, lambda: carry.layers))
+
+    @cached_property
+    def split(self) -> "_Split":
+        """A layer's backward pass in its two halves."""
+
+        def back(weights: list[jax.Array], rest: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+            *given, gy_BTD = rest
+            found, gx_BTD = self.form.vjp(jax.tree.unflatten(jax.tree.structure(self.layers), weights), given)(gy_BTD)
+            return jax.tree.leaves(found), [gx_BTD]
+
+        weights = jax.tree.leaves(jax.eval_shape(self.layer_weights, jax.ShapeDtypeStruct((), jnp.int32)))
+        rest = [*self.form.kept, self.x_shape]
+        cut = halves(back, weights, rest)
+        return _Split(cut, jax.eval_shape(cut.now, weights, rest)[2])
+
+    def _add(self, sums: Params, found: list[jax.Array | None], row: jax.Array) -> Params:
+        """Sums of stacked gradients with one layer's; None leaves a weight's as it is."""
+        weights = jax.tree.leaves(self.engine.weights["layers"], is_leaf=lambda x: isinstance(x, Weight))
+        old, structure = jax.tree.flatten(sums)
+
+        def one(weight: Weight, total: jax.Array, gradient: jax.Array | None) -> jax.Array:
+            if gradient is None:
+                return total
+            new = self.engine.scatter(weight, gradient[None]).astype(jnp.float32)
+            return _write(total, _read(total, row) + new[0], row)
+
+        return jax.tree.unflatten(structure, [one(*each) for each in zip(weights, old, found, strict=True)])
+
+    def _scan(self, layer: Callable[..., Any], start: Any, reverse: bool = False) -> Any:
+        steps = jnp.arange(self.placement.size, dtype=jnp.int32)
+        return lax.scan(layer, start, steps, reverse=reverse, unroll=min(self.engine.unroll, self.placement.size))
+
+
+class _Form(NamedTuple):
+    """How a layer's vjp is put together again from what was kept of it and the weights."""
+
+    structure: Any
+    weight_of: tuple[int | None, ...]
+    """Per leaf: which of the weights it is; None if it was kept."""
+    kept: list[jax.ShapeDtypeStruct]
+
+    @staticmethod
+    def of(vjp: Any, weights: Params) -> "_Form":
+        leaves, structure = jax.tree.flatten(vjp)
+        own = {id(w): i for i, w in enumerate(jax.tree.leaves(weights))}
+        return _Form(structure, tuple(own.get(id(leaf)) for leaf in leaves), [])
+
+    def without(self, vjp: Any) -> list[jax.Array]:
+        return [leaf for leaf, i in zip(jax.tree.leaves(vjp), self.weight_of, strict=True) if i is None]
+
+    def vjp(self, weights: Params, kept: list[jax.Array]) -> Any:
+        own, rest = jax.tree.leaves(weights), iter(kept)
+        return jax.tree.unflatten(self.structure, [next(rest) if i is None else own[i] for i in self.weight_of])
+
+
+class _Split(NamedTuple):
+    halves: Halves
+    left: list[jax.ShapeDtypeStruct]
+    """What the first half leaves for the second, of one layer."""
+
+
+class _Used(NamedTuple):
+    """Which leaves of a tree a function reads."""
+
+    flags: tuple[bool, ...]
+
+    def take(self, tree: Any) -> list[Any]:
+        leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))
+        return [leaf for leaf, used in zip(leaves, self.flags, strict=True) if used]
+
+    def put(self, tree: Any, some: list[Any]) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        rest = iter(some)
+        return jax.tree.unflatten(
+            structure, [next(rest) if used else leaf for leaf, used in zip(leaves, self.flags, strict=True)]
+        )
+
+
+def _used(f: Callable[[Any], Any], tree: Any) -> _Used:
+    jaxpr = jax.make_jaxpr(f)(tree).jaxpr
+    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}
+    return _Used(tuple(id(v) in read for v in jaxpr.invars))
+
+
+def feed_of(shapes: Feed) -> Feed:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _is_job(microbatch: jax.Array, count: jax.Array) -> jax.Array:
+    return (microbatch > NOTHING) & (microbatch < count)
+
+
+def _read(x: jax.Array, *index: jax.Array) -> jax.Array:
+    """x[index], leading dimensions only."""
+    rest = x.shape[len(index) :]
+    return lax.dynamic_slice(x, (*index, *(0,) * len(rest)), (*(1,) * len(index), *rest)).reshape(rest)
+
+
+def _write(x: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
+    """x with `value` at x[index]."""
+    rest = (0,) * value.ndim
+    return lax.dynamic_update_slice(x, value.reshape((*(1,) * len(index), *value.shape)), (*index, *rest))
+
+
+def _write_all(buffers: list[jax.Array], values: list[jax.Array], *index: jax.Array) -> list[jax.Array]:
+    return [_write(buffer, value, *index) for buffer, value in zip(buffers, values, strict=True)]
+
+
+def _put(buffer: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    """The buffer with `value` in a slot; unchanged if there is none."""
+    if buffer.shape[0] == 0:
+        return buffer
+    at = jnp.maximum(slot, 0)
+    return _write(buffer, jnp.where(slot > NOTHING, value, _read(buffer, at)), at)
