@@ -129,10 +129,32 @@ def place(p: Program, arrays: Mapping[str, np.ndarray], microbatches: int) -> Ba
     return p.place({name: x.reshape(microbatches, -1, x.shape[-1]) for name, x in arrays.items()}, p.batch_spec)
 
 
+def rows_of(p: Program, params: dict) -> dict:
+    """Weights with their layers in order (host arrays) as a pipeline's stages have them."""
+    layers = p.model.placement.layer_of_row
+
+    def one(x: np.ndarray) -> np.ndarray:
+        rows = x[np.maximum(layers, 0)]
+        rows[layers < 0] = 0
+        return rows
+
+    return params if p.model.placement.in_order else {**params, "layers": jax.tree.map(one, params["layers"])}
+
+
+def layers_of(p: Program, params: dict) -> dict:
+    """The inverse of `rows_of`; rows without a layer must be zeros."""
+    place = p.model.placement
+    if place.in_order:
+        return params
+    for name, x in flatten(params["layers"]).items():
+        assert not np.asarray(x)[place.layer_of_row < 0].any(), f"{name} has something where no layer is"
+    return {**params, "layers": jax.tree.map(lambda x: np.asarray(x)[place.row_of_layer], params["layers"])}
+
+
 def state_of(p: Program, params: dict) -> TrainState:
-    """A new state with these weights (host arrays)."""
+    """A new state with these weights (host arrays, layers in order)."""
     whole = p.sharding(jax.P())
-    placed = jax.tree.map(jax.device_put, params, p.shardings("weights"))
+    placed = jax.tree.map(jax.device_put, rows_of(p, params), p.shardings("weights"))
     with jax.set_mesh(p.mesh):
         moments = jax.jit(p.transformation.init, out_shardings=p.state_shardings.moments)(placed)
 
@@ -167,7 +189,8 @@ def gradients(
     for name, array in flatten(found).items():
         check_copies(name, array)
     check_copies("sums", sums)
-    return jax.tree.map(lambda g: np.asarray(g) / float(sums[2]), found), np.asarray(sums)
+    found = layers_of(p, jax.tree.map(np.asarray, found))
+    return jax.tree.map(lambda g: g / float(sums[2]), found), np.asarray(sums)
 
 
 def check_copies(name: str, array: jax.Array) -> None:

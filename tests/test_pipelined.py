@@ -1,0 +1,310 @@
+"""Pipelines give what one device gives: every schedule, number of stages and way to split the rest, in float32."""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_equality
+import toys
+
+from mtx import decode
+from mtx.decode import Sampling
+from mtx.layout import Placement
+from mtx.model import Model, flatten
+from mtx.optim import AdamW, Constant, Steps
+from mtx.pipeline import Engine, GPipe, Interleaved, OneFOneB, ZeroBubble, engine
+from mtx.spmd import ManualDoors
+
+MODELS = {"gpt": toys.GPT, "llama": toys.LLAMA}
+"""With a tied head, and with one of its own."""
+SCHEDULES = (GPipe(), OneFOneB(), Interleaved(), ZeroBubble())
+MESHES = ((2, 1, 4), (2, 2, 2), (2, 4, 1), (4, 1, 2), (4, 2, 1), (8, 1, 1))
+"""(pipeline, data, model) of eight devices."""
+MICROBATCHES = 4
+
+
+class Case(NamedTuple):
+    schedule: int
+    mesh: tuple[int, int, int]
+    model: str
+    zero: int
+    sequence_parallel: bool
+    dropout: bool
+    documents: bool
+    remat: str = "full"
+    vocabulary: str = "sharded"
+    layers: int = 16
+
+    def __str__(self) -> str:
+        stages, data, tensor = self.mesh
+        words = [type(SCHEDULES[self.schedule]).__name__, f"p{stages}d{data}m{tensor}", self.model, f"zero{self.zero}"]
+        words += [word for word in ("sequence_parallel", "dropout", "documents") if getattr(self, word)]
+        return "-".join([*words, self.remat, self.vocabulary, f"{self.layers}layers"])
+
+    def program(self, **kw):
+        stages, data, tensor = self.mesh
+        return toys.program(
+            config(self.model, self.layers, self.dropout, self.remat),
+            (1, data, tensor),
+            stages=stages,
+            schedule=SCHEDULES[self.schedule],
+            zero=self.zero,
+            sequence_parallel=self.sequence_parallel,
+            vocabulary=self.vocabulary,
+            documents=self.documents,
+            **kw,
+        )
+
+
+def config(model: str, layers: int, dropout: bool = False, remat: str = "none"):
+    return dataclasses.replace(toys.dropped(MODELS[model], 0.2 if dropout else 0.0), layers=layers, remat=remat)
+
+
+REMAT, VOCABULARY, LAYERS = ("none", "selective", "full"), ("sharded", "replicated"), (16, 17)
+"""17 layers are even on no mesh, with or without chunks."""
+
+
+def whole_matrix() -> list[Case]:
+    """Every combination that does something; what it computes again, keeps and stores takes turns."""
+    flags = (False, True)
+    factors = (range(len(SCHEDULES)), MESHES, MODELS, range(4), flags, flags, flags)
+    cases = [Case(*values) for values in itertools.product(*factors)]
+    cases = [c for c in cases if (c.mesh[1] > 1 or not c.zero) and (c.mesh[2] > 1 or not c.sequence_parallel)]
+    turns = itertools.cycle(itertools.product(REMAT, VOCABULARY, LAYERS))
+    random = np.random.default_rng(0)
+    order = random.permutation(len(cases))
+    return [cases[i]._replace(remat=r, vocabulary=v, layers=n) for i, (r, v, n) in zip(order, turns, strict=False)]
+
+
+MATRIX = whole_matrix()
+DEFAULT = test_equality.pairwise(MATRIX)
+
+
+@functools.cache
+def weights(model: str, layers: int) -> dict:
+    return toys.weights_of(config(model, layers))
+
+
+@functools.cache
+def reference(model: str, layers: int, dropout: bool, documents: bool) -> tuple[dict, np.ndarray]:
+    p = toys.program(config(model, layers, dropout), documents=documents)
+    return toys.gradients(p, weights(model, layers), toys.batch())
+
+
+def check(case: Case) -> None:
+    found, sums = toys.gradients(case.program(), weights(case.model, case.layers), toys.batch(), MICROBATCHES)
+    wanted, wanted_sums = reference(case.model, case.layers, case.dropout, case.documents)
+    np.testing.assert_allclose(sums, wanted_sums, rtol=test_equality.LOSS)
+    toys.check_close(found, wanted, test_equality.GRADIENTS)
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=str)
+def test_gradients(case: Case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in MATRIX if case not in DEFAULT], ids=str)
+def test_gradients_whole_matrix(case: Case):
+    check(case)
+
+
+def test_the_matrix_is_whole():
+    assert len(MATRIX) == len(set(MATRIX)) == 672
+    assert {case.mesh for case in DEFAULT} == set(MESHES)
+    assert {(case.remat, case.vocabulary, case.layers) for case in MATRIX} == {
+        *itertools.product(REMAT, VOCABULARY, LAYERS)
+    }
+
+
+# Controls: each breaks one thing, and the matrix must see it.
+
+BREAKS = {
+    "both stages' embeddings": lambda m: m.setattr(
+        ManualDoors, "reduce_gradient", lambda self, w, g: jax.lax.psum(g, "data") if w.layers else g
+    ),
+    "gradients of one microbatch": lambda m: m.setattr(
+        engine._Run, "_add", lambda self, sums, found, row: engine_first(self, sums, found, row)
+    ),
+    "dropout by row": lambda m: m.setattr(Placement, "first", property(lambda self: np.zeros(len(self.counts), int))),
+    "a permute the wrong way": lambda m: m.setattr(engine, "to_stage_before", engine.to_next_stage),
+    "a layer that is not there": lambda m: m.setattr(
+        engine._Run, "if_there", lambda self, place, i, run, otherwise: run()
+    ),
+}
+
+
+def engine_first(self, sums, found, row):
+    leaves, structure = jax.tree.flatten(sums)
+    found = [jnp.zeros(x.shape[1:]) if g is None else g for x, g in zip(leaves, found, strict=True)]
+    return jax.tree.unflatten(structure, [engine._write(x, g, row) for x, g in zip(leaves, found, strict=True)])
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_is_broken_is_seen(what: str, monkeypatch: pytest.MonkeyPatch):
+    case = Case(1, (4, 2, 1), "gpt", 0, False, True, True, layers=5)
+    reference(case.model, case.layers, case.dropout, case.documents)
+    BREAKS[what](monkeypatch)
+    with pytest.raises(AssertionError):
+        check(case)
+
+
+# What the engine holds.
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_what_a_layer_keeps_has_no_weights_in_it(zero: int, monkeypatch: pytest.MonkeyPatch):
+    """Selective remat keeps less than none, full nothing; and no residual is as large as a matrix."""
+    kept: dict[str, list] = {}
+    for remat in ("none", "selective"):
+        monkeypatch.setattr(
+            engine._Run,
+            "start",
+            lambda self, remat=remat, start=START: kept.update({remat: self.form.kept}) or start(self),
+        )
+        wide = dataclasses.replace(config("llama", 2, True, remat), width=96, mlp=toys.LLAMA.mlp)
+        p = toys.program(wide, (1, 2, 1), stages=2, zero=zero)
+        p.lower_train_step(MICROBATCHES, 4, 8)
+    sizes = {remat: sum(x.size for x in found) for remat, found in kept.items()}
+    assert sizes["selective"] < sizes["none"]
+    matrices = {w.shape[1:] for w in flatten(p.weights["layers"]).values() if w.is_matrix}
+    halves = {tuple(n // 2 if i == j else n for i, n in enumerate(s)) for s in matrices for j in range(len(s))}
+    assert not {x.shape for found in kept.values() for x in found} & (matrices | halves)
+
+
+START = engine._Run.start
+
+
+# Steps, evaluation, generation, initial weights.
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, (4, 2, 1), "gpt", 1, False, True, True, layers=5),
+        Case(2, (2, 2, 2), "llama", 3, True, False, True, remat="none", layers=5),
+    ],
+    ids=str,
+)
+def test_three_steps(case: Case):
+    optimizer = AdamW(schedule=Constant(peak_lr=1e-2, warmup=Steps(count=2)), clip_norm=0.5)
+
+    def steps(p, microbatches: int):
+        state, losses, step = toys.state_of(p, weights(case.model, case.layers)), [], p.compile_train_step()
+        with jax.set_mesh(p.mesh):
+            for seed in range(3):
+                batch = toys.place(p, toys.batch(seed=seed), microbatches)
+                state, metrics = step(state, batch, np.int32(microbatches))
+                losses.append(jax.device_get(metrics))
+            found = p.ordered(state)
+        assert step._cache_size() == 1
+        return found, losses
+
+    found, rows = steps(case.program(optimizer=optimizer), MICROBATCHES)
+    alone = toys.program(config(case.model, case.layers, case.dropout), documents=case.documents, optimizer=optimizer)
+    wanted, wanted_rows = steps(alone, 1)
+    for row, wanted_row in zip(rows, wanted_rows, strict=True):
+        for name, value in wanted_row.items():
+            np.testing.assert_allclose(row[name], value, rtol=2e-5, err_msg=name)
+    gradients, _ = reference(case.model, case.layers, case.dropout, case.documents)
+    total = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(gradients).values()))
+    told = {name for name, g in flatten(gradients).items() if np.linalg.norm(g) > 1e-4 * total}
+    told -= {"layers/attention/bias_KGH"}  # AdamW moves the keys' by rounding alone
+    for state in ("params", "moments"):
+        a, b = (jax.tree.map(np.asarray, getattr(s, state)) for s in (found, wanted))
+        if state == "moments":
+            a, b = (jax.tree.leaves(x)[0] for x in (a, b))
+            np.testing.assert_array_equal(a, b)
+        else:
+            toys.check_close(*({n: x for n, x in flatten(t).items() if n in told} for t in (a, b)), 5e-5)
+
+
+@pytest.mark.parametrize("schedule", range(len(SCHEDULES)), ids=lambda i: type(SCHEDULES[i]).__name__)
+def test_evaluation(schedule: int):
+    """Rows that do not divide well, and a schedule's own forward order."""
+    case = Case(schedule, (2, 2, 2), "gpt", 3, True, False, True, layers=5)
+    arrays = toys.batch(sequences=12)
+
+    def sums(p):
+        batch = jax.tree.map(lambda x: x[0], toys.place(p, arrays, 1))
+        with jax.set_mesh(p.mesh):
+            return np.asarray(jax.jit(p.eval_sums)(toys.state_of(p, weights("gpt", 5)).params, batch))
+
+    np.testing.assert_allclose(sums(case.program()), sums(toys.program(config("gpt", 5))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [Case(1, (4, 2, 1), "gpt", 2, False, False, True, layers=5)], ids=str)
+def test_logits(case: Case):
+    def logits(p):
+        batch = jax.tree.map(lambda x: x[0], toys.place(p, toys.batch(sequences=4), 1))
+        with jax.set_mesh(p.mesh):
+            return np.asarray(jax.jit(p.logits)(toys.state_of(p, weights("gpt", 5)), batch))
+
+    wanted = logits(toys.program(config("gpt", 5)))
+    np.testing.assert_allclose(logits(case.program()), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, (2, 2, 2), "llama", 3, True, False, True, layers=5),
+        Case(0, (8, 1, 1), "gpt", 0, False, False, True, layers=9),
+    ],
+    ids=str,
+)
+def test_generation(case: Case):
+    prompts = [np.random.default_rng(n).integers(0, 250, n).tolist() for n in (1, 5, 3, 8, 2)]
+    large = jax.tree.map(lambda x: x * (8 if x.ndim > 2 else 1), weights(case.model, case.layers))
+
+    def tokens(p, sampling: Sampling):
+        return decode.generate(p, toys.state_of(p, large).params, prompts, tokens=7, sampling=sampling)
+
+    alone = toys.program(config(case.model, case.layers))
+    for sampling in (Sampling(temperature=0.0), Sampling(temperature=1.0, top_k=40)):
+        assert tokens(case.program(), sampling) == tokens(alone, sampling)
+
+
+@pytest.mark.parametrize("layers", [16, 17])
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1)], ids=str)
+def test_initial_weights_and_the_layers_order(mesh: tuple[int, int, int], layers: int):
+    case = Case(2, mesh, "gpt", 3 if mesh[1] > 1 else 0, False, False, True, layers=layers)
+    p, alone = case.program(optimizer=AdamW()), toys.program(config("gpt", layers), optimizer=AdamW())
+    state, wanted = p.init(7), alone.init(7)
+    with jax.set_mesh(p.mesh):
+        ordered = p.ordered(state)
+        back = p.placed(ordered)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), back, state)
+    for x, y in zip(jax.tree.leaves(ordered), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-6)
+    described = p.abstract_ordered()
+    for x, y in zip(jax.tree.leaves(ordered), jax.tree.leaves(described), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "chunks", "counts", "rows"),
+    [
+        (4, 2, 1, (2, 2), [0, 1, 2, 3]),
+        (3, 2, 1, (2, 1), [0, 1, 2, -1]),
+        (4, 2, 2, (1, 1, 1, 1), [0, 2, 1, 3]),
+        (5, 2, 2, (2, 1, 1, 1), [0, 1, 3, -1, 2, -1, 4, -1]),
+        (3, 1, 1, (3,), [0, 1, 2]),
+    ],
+)
+def test_where_layers_lie(layers: int, stages: int, chunks: int, counts: tuple[int, ...], rows: list[int]):
+    place = Placement.even(layers, stages, chunks)
+    assert place.counts == counts and place.layer_of_row.tolist() == rows
+    assert [rows[i] for i in place.row_of_layer] == list(range(layers))
+    assert place.in_order == (rows == list(range(layers)))
+    weights = flatten(Model(dataclasses.replace(toys.GPT, layers=layers), place).weights["layers"])
+    assert {w.shape[0] for w in weights.values()} == {len(rows)} == {place.rows}
+
+
+def test_an_engine_is_for_any_model():
+    """It knows three functions, and no transformer."""
+    assert {f.name for f in dataclasses.fields(Engine)} >= {"parts", "placement", "table"}
