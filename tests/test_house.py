@@ -45,7 +45,8 @@ FOR_EVERYBODY = {"pallas_kernels.masks", "pallas_kernels.threefry", "pallas_kern
 MAY_IMPORT_DATA = {"config", "train", *VERBS}
 
 # Test files that are about no single module.
-CROSS_CUTTING = {"house", "data", "equality", "census", "parity", "processes"}
+CROSS_CUTTING = {"house", "data", "equality", "census", "parity", "processes", "debug_configs"}
+CROSS_CUTTING |= {"pipelined", "pipeline_census"}
 
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 LAZY = (

@@ -47,29 +47,34 @@ SIZES = [
     (8, 13),
     (8, 32),
 ]
-PARTS = {"F": ("f_mb", "f_chunk", "f_slot"), "B": ("b_mb", "b_chunk", "b_slot", "b_gslot", "b_wslot")}
-PARTS["W"] = ("w_mb", "w_chunk", "w_slot")
+PARTS = {
+    "F": ("f_mb", "f_chunk", "f_slot", "f_keep"),
+    "B": ("b_mb", "b_chunk", "b_slot", "b_keep", "b_gslot", "b_wslot"),
+    "W": ("w_mb", "w_chunk", "w_slot"),
+}
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+either_way = pytest.mark.parametrize("keeps", [False, True], ids=["anew", "kept"])
 every_size = pytest.mark.parametrize(("stages", "microbatches"), SIZES)
 
 
 # Schedules
 
 
+@either_way
 @every_schedule
-def test_tables_are_legal_at_every_size(schedule):
+def test_tables_are_legal_at_every_size(schedule, keeps):
     """With both limits of each range, and sizes between drawn at random."""
     rng = np.random.default_rng(0)
     sizes = {(p, m) for p in (1, 8) for m in (1, 32)}
     sizes |= {(int(rng.integers(1, 9)), int(rng.integers(1, 33))) for _ in range(60)}
     for stages, microbatches in sizes:
-        table = schedule.table(stages, microbatches)
+        table = schedule.table(stages, microbatches, keeps=keeps)
         found = simulate(table)
-        assert (table.stages, table.microbatches) == (stages, microbatches)
+        assert (table.stages, table.microbatches, table.keeps) == (stages, microbatches, keeps)
         assert (table.rows[[0, -1]] != NOTHING).any(axis=(1, 2)).all()
         assert (table.stash_slots, table.gradient_slots) == (max(found.stash), max(found.gradients))
-        assert table.weight_slots == max(found.weights)
+        assert (table.weight_slots, table.kept_slots) == (max(found.weights), max(found.kept))
 
 
 def test_a_table_is_constant_int32_with_named_columns():
@@ -81,6 +86,14 @@ def test_a_table_is_constant_int32_with_named_columns():
         Row(1, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1),
         Row(0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, 0, -1),
     ]
+    assert [Row(*row) for row in OneFOneB().table(2, 3, keeps=True).rows[1].tolist()] == [
+        Row(1, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, 1, -1, -1, -1),
+        Row(0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, 0, 0, 0, -1),
+    ]
+
+
+def kept(schedule: Schedule, stages: int, microbatches: int) -> tuple[int, ...]:
+    return simulate(schedule.table(stages, microbatches, keeps=True)).kept
 
 
 @every_size
@@ -91,6 +104,7 @@ def test_gpipe_is_its_formula(stages, microbatches):
         assert found.ticks == 2 * (microbatches + stages) - 3
         assert found.bubble == pytest.approx((stages - 1) / (microbatches + stages - 1), abs=1e-12)
     assert list(simulate(table).stash) == [0] + [microbatches] * (stages - 1)
+    assert list(kept(GPipe(), stages, microbatches)) == [microbatches] * stages
     at = table.columns
     for stage in range(stages):
         forward, backward = (np.flatnonzero(column[:, stage] >= 0) for column in (at.f_mb, at.b_mb))
@@ -105,6 +119,9 @@ def test_one_f_one_b_is_its_formula(stages, microbatches):
         assert found.ticks == microbatches + 2 * (stages - 1)
         assert found.bubble == pytest.approx((stages - 1) / (microbatches + stages - 1), abs=1e-12)
     assert list(simulate(table).stash) == [0] + [min(microbatches, 2 * (stages - s) - 1) for s in range(1, stages)]
+    assert list(kept(OneFOneB(), stages, microbatches)) == [
+        min(microbatches, 2 * (stages - s) - 1) for s in range(stages)
+    ]
     assert max(simulate(table).gradients) == (stages > 1)
     at = table.columns
     assert (at.f_mb[:, -1] == at.b_mb[:, -1]).all()
@@ -126,8 +143,9 @@ def test_interleaved_is_its_formula(stages, microbatches, chunks):
         assert found.ticks == ticks
         assert found.bubble == pytest.approx(1 - work / span, abs=1e-12)
         assert found.ideal == pytest.approx(microbatches * (costs.forward + costs.backward + costs.weight))
-    spread = [min(work, (chunks - 1) * group + 2 * (stages - s) - 1) for s in range(1, stages)]
-    assert list(simulate(table).stash) == [(chunks - 1) * group, *spread]
+    spread = [min(work, (chunks - 1) * group + 2 * (stages - s) - 1) for s in range(stages)]
+    assert list(simulate(table).stash) == [(chunks - 1) * group, *spread[1:]]
+    assert list(kept(Interleaved(chunks=chunks), stages, microbatches)) == spread
 
 
 @every_size
@@ -146,6 +164,20 @@ def test_zero_bubble_is_its_formula(stages, microbatches):
             assert list(found.weights) == [2 * s + 1 for s in range(hops)] + [max(2 * hops, 1)]
         assert all(held <= 2 * s + 1 for s, held in enumerate(found.weights))
     assert simulate(table).stash == simulate(OneFOneB().table(stages, microbatches)).stash
+    assert kept(ZeroBubble(), stages, microbatches) == kept(OneFOneB(), stages, microbatches)
+
+
+@every_schedule
+@every_size
+def test_keeping_changes_no_tick_and_frees_inputs_at_their_f(schedule, stages, microbatches):
+    """An input waits for its F alone: on the first stage while the rest of a larger first group goes by."""
+    anew, keeping = (simulate(schedule.table(stages, microbatches, keeps=keeps)) for keeps in (False, True))
+    assert keeping == replace(anew, stash=keeping.stash, kept=keeping.kept)
+    assert anew.kept == (0,) * stages
+    assert keeping.kept[1:] == anew.stash[1:]
+    larger = microbatches % stages if microbatches >= stages else 0
+    first = 1 + larger if schedule.per_stage() > 1 else 0
+    assert keeping.stash == (first, *[1] * (stages - 1))
 
 
 # Time over ideal work from pipeline-spike.md, at backward = 1 and 2; zero-bubble's there is beaten.
@@ -192,6 +224,7 @@ def test_a_schedule_of_the_users_own():
     found = simulate(Late(wait=3).table(4, 8))
     assert found.ticks == simulate(OneFOneB().table(4, 8)).ticks + 3
     assert found.stash == (0, 8, 6, 4)
+    assert kept(Late(wait=3), 4, 8) == (8, 8, 6, 4)
     assert Late().nearest(6, 4) == (4, 8)
     assert Late().nearest(3, 4) == (4,)
     assert Late().nearest(8, 4) == (8,)
@@ -212,7 +245,7 @@ def run(table: Table, weights: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Gradients of sum over microbatches of y^2 / 2, where virtual stage k computes tanh(weights[k] x)."""
     stages, virtual = table.stages, table.stages * table.chunks
     stash, gradients = (np.full((stages, n), np.nan) for n in (table.stash_slots, table.gradient_slots))
-    operands = np.full((stages, max(table.weight_slots, 1), 2), np.nan)
+    operands, kept = (np.full((stages, n, 2), np.nan) for n in (table.weight_slots, table.kept_slots))
     total = np.zeros(virtual)
     back = np.full(stages, np.nan)
     for rows in table.rows.tolist():
@@ -224,10 +257,15 @@ def run(table: Table, weights: np.ndarray, inputs: np.ndarray) -> np.ndarray:
             if job.f_mb >= 0:
                 x = inputs[job.f_mb] if s == job.f_chunk == 0 else stash[s, job.f_slot]
                 forth[s] = np.tanh(weights[job.f_chunk * stages + s] * x)
+                if table.keeps:
+                    kept[s, job.f_keep] = x, forth[s]
             if job.b_mb >= 0:
                 k = job.b_chunk * stages + s
-                x = inputs[job.b_mb] if k == 0 else stash[s, job.b_slot]
-                y = np.tanh(weights[k] * x)
+                if table.keeps:
+                    x, y = kept[s, job.b_keep]
+                else:
+                    x = inputs[job.b_mb] if k == 0 else stash[s, job.b_slot]
+                    y = np.tanh(weights[k] * x)
                 inner = (1 - y * y) * (y if k == virtual - 1 else gradients[s, job.b_gslot])
                 back[s] = inner * weights[k]
                 if table.has_weight_jobs:
@@ -258,10 +296,11 @@ def wrong(table: Table) -> float:
     return float(np.abs(run(table, weights, inputs) - numeric).max() / np.abs(numeric).max())
 
 
+@either_way
 @every_schedule
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 3), (2, 5), (4, 8), (5, 7), (6, 2)])
-def test_a_table_computes_the_gradients(schedule, stages, microbatches):
-    assert wrong(schedule.table(stages, microbatches)) < 1e-7
+def test_a_table_computes_the_gradients(schedule, stages, microbatches, keeps):
+    assert wrong(schedule.table(stages, microbatches, keeps=keeps)) < 1e-7
 
 
 # The simulator sees what is broken
@@ -287,9 +326,10 @@ def found_in(table: Table, kind: str) -> list[tuple[int, int]]:
 SEEN = r"(tick \d+|after the last tick \d+), stage \d: .*(F|B|W|input|gradient|operand).*"
 
 
+@either_way
 @every_schedule
-def test_every_changed_cell_is_seen(schedule):
-    table = schedule.table(3, 5)
+def test_every_changed_cell_is_seen(schedule, keeps):
+    table = schedule.table(3, 5, keeps=keeps)
     rng = np.random.default_rng(2)
     for place in np.ndindex(table.rows.shape):
         legal = int(table.rows[place])
@@ -302,9 +342,10 @@ def kinds(table: Table) -> str:
     return "FBW" if table.has_weight_jobs else "FB"
 
 
+@either_way
 @every_schedule
-def test_every_dropped_job_is_seen(schedule):
-    table = schedule.table(3, 5)
+def test_every_dropped_job_is_seen(schedule, keeps):
+    table = schedule.table(3, 5, keeps=keeps)
     for kind in kinds(table):
         for tick, stage in found_in(table, kind):
             gone = broken(table, {(tick, stage, column): NOTHING for column in columns(kind)})
@@ -322,9 +363,10 @@ def swaps(table: Table, kind: str) -> Iterator[Table]:
             yield broken(table, changes)
 
 
+@either_way
 @every_schedule
-def test_every_swap_of_two_jobs_of_a_stage_is_seen(schedule):
-    table = schedule.table(3, 4)
+def test_every_swap_of_two_jobs_of_a_stage_is_seen(schedule, keeps):
+    table = schedule.table(3, 4, keeps=keeps)
     for kind in "FB":
         for swapped in swaps(table, kind):
             with pytest.raises(ValueError, match=SEEN):
@@ -417,6 +459,65 @@ def test_a_slot_written_over_is_seen():
         simulate(weights)
 
 
+def test_what_is_kept_is_written_over_by_no_f_of_the_tick_that_reads_it():
+    """F comes before B: in tick 2 microbatch 0 is still kept, in tick 3 its slot is free."""
+    table = OneFOneB().table(2, 8, keeps=True)
+    at = table.columns
+    assert (at.b_mb[2, 0], at.b_keep[2, 0], at.f_keep[3, 0]) == (0, 0, 0)
+    said = "F of microbatch 2, chunk 0: the operand of B of microbatch 2, chunk 0 is written over that of microbatch 0"
+    with pytest.raises(ValueError, match=f"tick 2, stage 0: {said}, chunk 0 in slot 0, still needed"):
+        simulate(renamed(table, 0, ("f_keep", "b_keep"), 2, 0))
+
+
+def test_an_input_leaves_its_slot_to_the_activation_that_arrives_in_the_tick_of_its_f():
+    at = OneFOneB().table(2, 8, keeps=True).columns
+    assert (at.f_slot[1:8, 1] == 0).all() and (at.y_arrival[:8, 1] == 0).all()
+    forward, backward, _ = OneFOneB().ticks(2, 8)
+    late = forward + (np.arange(2) == 1)[:, None]  # stage 1 reads each input a tick after it could
+    table = lay_out(2, Ticks(late, backward + 1), keeps=True)
+    assert simulate(table).stash == (0, 2)
+    with pytest.raises(ValueError, match=r"tick 1, stage 1: the input of microbatch 1, .* over that of microbatch 0"):
+        simulate(renamed(table, 1, ("f_slot", "y_arrival"), 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("tick", "stage", "name", "value", "said"),
+    [
+        (1, 1, "f_keep", NOTHING, "F of microbatch 0, chunk 0: no slot for the operand of B of microbatch 0, chunk 0"),
+        (2, 0, "b_keep", 1, "B of microbatch 0, chunk 0: its operand of B is not in slot 1, which holds microbatch 1,"),
+        (2, 0, "b_keep", 3, "B of microbatch 0, chunk 0: its operand of B is not in slot 3, which holds nothing"),
+        (2, 0, "b_keep", NOTHING, "B of microbatch 0, chunk 0: its operand of B is not in slot -1"),
+        (2, 1, "b_slot", 0, "B of microbatch 1, chunk 0: has no input to read, yet names slot 0"),
+        (0, 1, "f_keep", 0, "an idle F has -1 in all its columns"),
+        (0, 1, "b_keep", 0, "an idle B has -1 in all its columns"),
+    ],
+    ids=str,
+)
+def test_what_is_kept_in_another_slot_is_seen(tick, stage, name, value, said):
+    table, place = OneFOneB().table(2, 3, keeps=True), (tick, stage, Row._fields.index(name))
+    assert table.rows[place] != value
+    with pytest.raises(ValueError, match=re.escape(f"tick {tick}, stage {stage}: {said}")):
+        simulate(broken(table, {place: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("f_keep", "tick 1, stage 1: F of microbatch 0, chunk 0: has no operand of B to read, yet names slot 0"),
+        (
+            "b_keep",
+            "tick 0, stage 0: F of microbatch 0, chunk 0: no slot for the operand of B of microbatch 0, chunk 0",
+        ),
+    ],
+)
+def test_a_table_that_computes_anew_keeps_nothing(name, said):
+    """One B that reads what was kept makes it a table that keeps, in which every F must."""
+    table = OneFOneB().table(2, 3)
+    assert (table.kept_slots, table.keeps) == (0, False)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        simulate(broken(table, {(1, 1, Row._fields.index(name)): 0}))
+
+
 def test_a_gradient_takes_its_slot_before_b_reads_and_an_activation_after():
     """Two virtual stages whose Bs wait: at its closest, an activation's slot is taken over in the very tick."""
     table = Late(wait=2).table(2, 8)
@@ -505,6 +606,17 @@ def test_command_line_draws(capsys, tmp_path, monkeypatch):
     assert "Interleaved(chunks=3)" in ET.parse(drawn).getroot()[1].text
 
 
+def test_command_line_keeps(capsys):
+    words = ["--stages", "4", "--microbatches", "8", "--schedule", "ZeroBubble"]
+    assert main([*words, "--keep"]) == 0
+    keeping = capsys.readouterr().out
+    assert re.search(r"^stashed inputs +1  \(per stage: 0 1 1 1\)$", keeping, re.MULTILINE)
+    assert re.search(r"^kept operands +7  \(per stage: 7 5 3 1\)$", keeping, re.MULTILINE)
+    assert re.search(r"^waiting weights +6  \(per stage: 1 3 5 6\)$", keeping, re.MULTILINE)
+    assert main(words) == 0
+    assert "kept operands" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -514,6 +626,7 @@ def test_command_line_draws(capsys, tmp_path, monkeypatch):
         (["--chunks", "2"], 64, "OneFOneB has no chunks; leave --chunks out, or take --schedule Interleaved."),
         (["--schedule", "Interleaved", "--chunks", "1"], 64, "--chunks 1 must be at least 2; one chunk per stage is"),
         (["--stagse", "4"], 64, "there is no flag --stagse; did you mean --stages?"),
+        (["--kep"], 64, "there is no flag --kep; did you mean --keep?"),
         (["--stages", "0"], 64, "--stages 0 must be at least 1."),
         (["--microbatches", "many"], 64, "argument --microbatches: invalid int value: 'many'."),
         (["--costs", "1", "0", "1"], 64, "--costs must be three positive numbers, such as --costs 1 2 1."),

@@ -1,5 +1,6 @@
 """Run folders through the command line: resumed on another mesh, from an older step, with another config, or not."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,42 @@ def test_from_eight_devices_to_one_with_the_optimizer(tmp_path: Path, whole: Pat
     runs.end(child, 75)
     assert "saved on data=2 x model=4" in runs.train(tmp_path, "--devices", "1")
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=TOLERANCE)
+
+
+PIPELINE = ["--devices", "8", "mesh.pipeline=4", "mesh.data=2", "model.layers=5", "batch.micro_size=1"]
+PIPELINE += ["steps=6", "eval_every=0"]
+
+
+@pytest.fixture(scope="module")
+def pipelined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 steps on four stages of 2-1-1-1 layers; every array's digest is verified when another mesh reads it."""
+    workdir = tmp_path_factory.mktemp("pipelined")
+    runs.train(workdir, *PIPELINE)
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--devices", "1", "mesh.pipeline=1", "mesh.data=1"],
+        ["--devices", "8", "mesh.pipeline=2", "mesh.model=2", "pipeline=Interleaved", "layout.zero=3"],
+        pytest.param(["--devices", "8", "mesh.pipeline=1", "mesh.data=8"], marks=pytest.mark.slow),
+    ],
+    ids=["one device", "interleaved", "data"],
+)
+def test_a_pipeline_s_checkpoint_goes_on_on_any_mesh(pipelined: Path, tmp_path: Path, words: list[str]):
+    shutil.copytree(pipelined, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/checkpoints/6")
+    replaced = {word.partition("=")[0] for word in words}
+    said = runs.train(tmp_path / "copy", *(w for w in PIPELINE[2:] if w.partition("=")[0] not in replaced), *words)
+    assert re.search(r"resumed     step 3, [\d,]+ tokens \(saved on pipeline=4 x data=2\)", said)
+    assert losses(tmp_path / "copy") == pytest.approx(losses(pipelined), rel=TOLERANCE)
+    assert losses(tmp_path / "copy")[:3] == losses(pipelined)[:3]
+    names = Store(pipelined / "checkpoints").at(6).manifest.arrays
+    assert {name: a.shape for name, a in Store(tmp_path / "copy/checkpoints").at(6).manifest.arrays.items()} == {
+        name: a.shape for name, a in names.items()
+    }
+    assert names["params/layers/mlp/in_DJF"].shape[0] == 5
 
 
 def test_a_damaged_newest_step_falls_back_says_so_and_is_kept(nine: Path, whole: Path):

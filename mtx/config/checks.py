@@ -123,6 +123,18 @@ class _Case:
             return None
         return text if wild and wild != [axis] else f"{text} mesh.{other}={self.sizes[other] * factor}"
 
+    def fewer_stages(self, most: int) -> str | None:
+        """Overrides for as many stages as can be, `most` at the most; None if what grows instead does not fit."""
+        stages = self.sizes["pipeline"]
+        fewer = max((n for n in _divisors(stages) if n <= most), default=1)
+        wild = any(wanted == -1 for wanted in dataclasses.asdict(self.config.mesh).values())
+        if self.num_devices is None or fewer == 1:
+            return f"mesh.pipeline={fewer}" if fewer > 1 else None
+        factor = stages // fewer
+        if self.config.batch.global_size % (batch_shards(self.sizes) * factor):
+            return None
+        return f"mesh.pipeline={fewer}" + ("" if wild else f" mesh.data={self.sizes['data'] * factor}")
+
 
 def _batch(case: _Case) -> Iterator[str]:
     batch, layout = case.config.batch, case.layout
@@ -170,7 +182,7 @@ def _pipeline(case: _Case) -> Iterator[str]:
     if not any(row.dimension == LAYER for row in config.layout.table()):
         yield f"mesh.pipeline={stages} needs a row in layout.rows that splits layer over pipeline, as megatron() has."
     if stages * chunks > layers:
-        tries = [f"mesh.pipeline={layers // chunks}"] if layers // chunks > 1 else []
+        tries = [change] if (change := case.fewer_stages(layers // chunks)) else []
         tries += [f"pipeline.chunks={layers // stages}"] if layers // stages > 1 else []
         tries += ["pipeline=OneFOneB"] if chunks > 1 and layers // stages == 1 else []
         yield (

@@ -23,8 +23,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--schedule", metavar="NAME", default="OneFOneB", help=f"{', '.join(KINDS)} (default: %(default)s)")
     p.add_argument("--chunks", metavar="V", type=int, help="Interleaved: virtual stages on each stage")
     three = ("FORWARD", "BACKWARD", "WEIGHT")
-    said = "times of a microbatch on a stage (default: 1 1 1; 1 2 1 where backward computes the stage anew)"
-    p.add_argument("--costs", metavar=three, type=float, nargs=3, default=(1.0, 1.0, 1.0), help=said)
+    said = "times of a microbatch on a stage (default: 1 2 1; with --keep 1 1 1)"
+    p.add_argument("--costs", metavar=three, type=float, nargs=3, help=said)
+    said = "forward keeps what backward needs (remat none), instead of computing it anew"
+    p.add_argument("--keep", action="store_true", help=said)
     p.add_argument("--draw", metavar="FILE.svg", type=Path, help="write the picture as SVG")
     return p
 
@@ -43,6 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("stages", "microbatches"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name} {getattr(flags, name)} must be at least 1.")
+    flags.costs = flags.costs or [1.0, 1.0 if flags.keep else 2.0, 1.0]
     if min(flags.costs) <= 0:
         raise ConfigError("--costs must be three positive numbers, such as --costs 1 2 1.")
     return flags
@@ -79,7 +82,11 @@ def figures(table: Table, found: Figures, costs: Costs) -> str:
         f"stashed inputs    {per_stage(found.stash)}",
         f"held gradients    {per_stage(found.gradients)}",
     ]
-    return "\n".join([*lines, f"waiting weights   {per_stage(found.weights)}"] if table.has_weight_jobs else lines)
+    if table.keeps:
+        lines.append(f"kept operands     {per_stage(found.kept)}")
+    if table.has_weight_jobs:
+        lines.append(f"waiting weights   {per_stage(found.weights)}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         schedule = chosen(flags.schedule, flags.chunks)
         forward, backward, weight = flags.costs
         costs = Costs(forward=forward, backward=backward, weight=weight)
-        table = schedule.table(flags.stages, flags.microbatches)
+        table = schedule.table(flags.stages, flags.microbatches, keeps=flags.keep)
         found = simulate(table, costs)
         title = f"{str(schedule).removesuffix('()')}, {flags.stages} stages, {flags.microbatches} microbatches"
         print(title, draw.text(table, shutil.get_terminal_size().columns), figures(table, found, costs), sep="\n\n")

@@ -257,6 +257,7 @@ class GPipe(Schedule):
 
     With P stages and M microbatches: 2(M + P) - 3 ticks, one fewer than the paper's 2(M + P - 1), as the last stage
     turns round within a tick. Idle (P - 1) / (M + P - 1) of the time. Every stage but the first stashes M inputs.
+    Where Fs keep for Bs, every stage keeps M microbatches.
     """
 
     def ticks(self, stages: int, microbatches: int) -> Ticks:
@@ -270,7 +271,7 @@ class OneFOneB(Schedule):
 
     With P stages and M microbatches: M + 2(P - 1) ticks. Idle (P - 1) / (M + P - 1) of the time, as GPipe, for any
     costs. Stage s > 0 stashes min(M, 2(P - s) - 1) inputs; the paper's P - s is for one job per tick, which lock step
-    makes slower.
+    makes slower. Where Fs keep for Bs, every stage s keeps min(M, 2(P - s) - 1) microbatches.
     """
 
     def ticks(self, stages: int, microbatches: int) -> Ticks:
@@ -286,7 +287,8 @@ class Interleaved(Schedule):
     remainder in, so that no tick is lost; its size is G = min(M, P + M mod P). With P stages and v chunks: for M >= P
     Mv + 2(P - 1) + (v - 1)G ticks, each 1/v as long as without chunks, idle (P - 1) / (Mv + P - 1) of the time. Fewer
     microbatches leave gaps: M + 2(Pv - 1) ticks, idle (Pv + M - 1 - Mv) / (Pv + M - 1). Stage s > 0 stashes
-    min(Mv, (v - 1)G + 2(P - s) - 1) inputs, stage 0 (v - 1)G; where P divides M, (v - 1)G is (v - 1)P.
+    min(Mv, (v - 1)G + 2(P - s) - 1) inputs, stage 0 (v - 1)G; where P divides M, (v - 1)G is (v - 1)P. Where Fs keep
+    for Bs, every stage s keeps min(Mv, (v - 1)G + 2(P - s) - 1) microbatches, each of one chunk.
     """
 
     chunks: int = 2
@@ -324,7 +326,7 @@ class ZeroBubble(Schedule):
     With P stages, M >= 2(P - 1) microbatches and costs f, b, w (w at most f and b): M + 3(P - 1) ticks, idle for
     (P - 1)(f + b - w) beside M(f + b + w) of work, as in the paper; 1F1B's is (P - 1)(f + b + w). For any M,
     M + 2(P - 1) + min(M, P - 1) ticks, idle for (P - 1)(f + b) - w min(max(M - P + 1, 0), P - 1).
-    Stashes inputs as 1F1B; stage s < P - 1 holds what at most 2s + 1 Ws need, the last 2(P - 1).
+    Stashes and keeps as 1F1B; stage s < P - 1 holds what at most 2s + 1 Ws need, the last 2(P - 1).
     """
 
     def ticks(self, stages: int, microbatches: int) -> Ticks:

@@ -20,7 +20,7 @@ from mtx.errors import DataError
 from mtx.layout import BoundLayout, Placement
 from mtx.metrics import peak_flops
 from mtx.model import Model, flatten
-from mtx.pipeline import simulate
+from mtx.pipeline import Costs, simulate
 from mtx.step import Program
 from pallas_kernels.attention import Chip
 
@@ -134,16 +134,17 @@ def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, step
 
 
 def _pipeline(program: Program, microbatches: int) -> str:
-    """The schedule, and what it costs if a stage's backward pass takes twice its forward pass."""
+    """The schedule and what it costs, if gradients of inputs, and of weights, take as long as forward."""
     place, keeps = program.model.placement, program.model.config.remat != "full"
     table = program.schedule.table(place.stages, microbatches, keeps=keeps)
-    found = simulate(table)
-    layers = "-".join(str(n) for n in sorted({min(place.counts), max(place.counts)}))
-    held = f"{max(found.kept)} microbatches' activations" if keeps else f"{max(found.stash)} microbatches' inputs"
+    found = simulate(table, Costs(backward=1.0 if keeps else 2.0))  # full remat: B goes forward again
+    layers = " or ".join(str(n) for n in sorted(set(place.counts)))
+    layers = f"{place.chunks} x {layers}" if place.chunks > 1 else layers
+    held, what = (max(found.kept), "activations") if keeps else (max(found.stash), "inputs")
+    few = "; a smaller batch.micro_size makes more microbatches" if microbatches < 2 * place.stages else ""
     return (
-        f"{program.schedule}".removesuffix("()")
-        + f", {place.stages} stages of {place.chunks} x {layers} layers, {found.ticks} ticks, idle {found.bubble:.0%} "
-        f"of the time, at most {held} of a stage are held"
+        str(program.schedule).removesuffix("()") + f", {place.stages} stages of {layers} layers, {found.ticks} ticks, "
+        f"idle {found.bubble:.0%} of the time{few}; {what} of {held} microbatches held"
     )
 
 

@@ -36,7 +36,8 @@ def validate(
     count = min(config.eval_sequences or windows, windows)
     chosen = np.arange(count, dtype=np.int64) * windows // count
     shards = program.layout.size(*program.layout.batch_axes)
-    rows = (config.batch.micro_size or config.batch.global_size // shards) * shards
+    micro = config.batch.micro_size or config.batch.global_size // shards
+    rows = config.batch.global_size if program.stages > 1 else micro * shards  # stages work at once on several
     total = np.zeros(2, np.float64)
     for start in range(0, count, rows):
         between()
