@@ -204,7 +204,7 @@ class Program:
             layout=self.layout,
             compute=self.compute,
             device=self.mesh.devices.flat[0],
-            unrolled=config.unroll == config.layers,
+            unrolled=config.unroll >= self.model.placement.size,
         )
 
     def exact(self) -> contextlib.AbstractContextManager:

@@ -70,6 +70,25 @@ def test_saved_by_one_resumed_by_two(one: Path, tmp_path: Path):
     check_close(tmp_path, one)
 
 
+PIPELINE = [
+    *("mesh.pipeline=2", "mesh.data=2", "mesh.model=2", "pipeline=Interleaved", "model.layers=5", "layout.zero=1"),
+    *("batch.global_size=16", "batch.micro_size=2", "eval_every=0", "checkpoints.every_steps=6"),
+]
+
+
+@pytest.mark.slow
+def test_a_process_for_each_stage_of_a_pipeline(tmp_path: Path):
+    """Stopped by half, and gone on with by one process; layers change places between processes when they are saved."""
+    children = runs.begin_together(tmp_path / "two", 2, *PIPELINE)
+    runs.at_step(tmp_path / "two", children[0], 5)
+    runs.stop(children[1], signal.SIGTERM)
+    for child in children:
+        assert "is saved, the same command goes on" in runs.end(child, 75)
+    assert "(saved on the same mesh)" in runs.train(tmp_path / "two", "--devices", "8", *PIPELINE)
+    runs.train(tmp_path / "one", "--devices", "8", *PIPELINE)
+    check_close(tmp_path / "two", tmp_path / "one")
+
+
 def test_a_signal_while_they_compile_ends_both(tmp_path: Path):
     children = runs.begin_together(tmp_path, 2, *MESH, "loss.chunk_tokens=16")
     runs.wait_for(tmp_path, children[0], lambda: (tmp_path / "config.json").exists())

@@ -139,11 +139,11 @@ def _pipeline(program: Program, microbatches: int) -> str:
     table = program.schedule.table(place.stages, microbatches, keeps=keeps)
     found = simulate(table, Costs(backward=1.0 if keeps else 2.0))  # full remat: B goes forward again
     layers = " or ".join(str(n) for n in sorted(set(place.counts)))
-    layers = f"{place.chunks} x {layers}" if place.chunks > 1 else layers
+    layers = (f"{place.chunks} x " if place.chunks > 1 else "") + layers + (" layer" if layers == "1" else " layers")
     held, what = (max(found.kept), "activations") if keeps else (max(found.stash), "inputs")
     few = "; a smaller batch.micro_size makes more microbatches" if microbatches < 2 * place.stages else ""
     return (
-        str(program.schedule).removesuffix("()") + f", {place.stages} stages of {layers} layers, {found.ticks} ticks, "
+        str(program.schedule).removesuffix("()") + f", {place.stages} stages of {layers}, {found.ticks} ticks, "
         f"idle {found.bubble:.0%} of the time{few}; {what} of {held} microbatches held"
     )
 

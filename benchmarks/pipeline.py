@@ -1,0 +1,80 @@
+"""Schedules against one another and against data parallelism, which leaves no device idle: time and memory of a step.
+
+    export NPROC=32 JAX_PLATFORMS=cpu
+    export XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
+    python -m benchmarks.pipeline --stages 2 --microbatches 4
+
+On a CPU give every stage a core of its own: devices that share cores hide the time in which some are idle. Useful work
+is the time of the same step on `mesh.data` = stages, over the schedule's; beside it what the table promises.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from mtx import config as configs
+from mtx import train
+from mtx.mesh import MeshConfig
+from mtx.model import Batch
+from mtx.pipeline import Costs, GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble, simulate
+from mtx.step import Program
+
+WORDS = ["model.vocab_size=256", "layout.zero=0", "model.attention.backend=plain"]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser("python -m benchmarks.pipeline", description=__doc__)
+    p.add_argument("--stages", type=int, default=2)
+    p.add_argument("--microbatches", type=int, default=4)
+    p.add_argument("--layers", type=int, default=8)
+    p.add_argument("--width", type=int, default=512)
+    p.add_argument("--time", type=int, default=256, help="tokens of a sequence; a microbatch is one sequence")
+    p.add_argument("--steps", type=int, default=5)
+    flags = p.parse_args()
+    print("| remat | schedule | ticks | s per step | useful work | promised | temporaries MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for remat in ("full", "none"):
+        ideal = measure(program(flags, None, remat), flags, flags.microbatches // flags.stages)[0]
+        print(f"| {remat} | (data parallel) | - | {ideal:.3f} | 1.00 | 1.00 | - |", flush=True)
+        costs = Costs(backward=2.0 if remat == "full" else 1.0)
+        for schedule in (GPipe(), OneFOneB(), Interleaved(), ZeroBubble()):
+            seconds, temporaries = measure(program(flags, schedule, remat), flags, flags.microbatches)
+            found = simulate(schedule.table(flags.stages, flags.microbatches, keeps=remat != "full"), costs)
+            name, figures = str(schedule).removesuffix("()"), f"{ideal / seconds:.2f} | {1 - found.bubble:.2f}"
+            row = f"| {remat} | {name} | {found.ticks} | {seconds:.3f} | {figures} | {temporaries / 2**20:.0f} |"
+            print(row, flush=True)
+
+
+def program(flags: argparse.Namespace, schedule: Schedule | None, remat: str) -> Program:
+    config = configs.load("configs/quickstart.py", [*WORDS, f"model.remat={remat}"]).config
+    mesh = MeshConfig(pipeline=flags.stages) if schedule else MeshConfig(data=flags.stages)
+    mlp = dataclasses.replace(config.model.mlp, width=4 * flags.width)
+    model = dataclasses.replace(config.model, layers=flags.layers, width=flags.width, mlp=mlp)
+    batch = configs.BatchConfig(global_size=flags.microbatches, micro_size=1, sequence_length=flags.time)
+    config = dataclasses.replace(config, mesh=mesh, model=model, batch=batch, pipeline=schedule or OneFOneB())
+    return train.build(config, jax.devices()[: flags.stages])
+
+
+def measure(program: Program, flags: argparse.Namespace, count: int) -> tuple[float, int]:
+    """(median seconds of a step, bytes of temporaries on a device)."""
+    shape = (count, flags.microbatches // count, flags.time)
+    arrays = {name: np.ones(shape, np.float32 if name == "weights" else np.int32) for name in Batch._fields}
+    batch = Batch(**jax.device_put(arrays, program.sharding(P(None, *program.rows_spec))))
+    state, seconds = program.init(0), []
+    with jax.set_mesh(program.mesh):
+        step = program.compile_train_step().lower(state, batch, np.int32(count)).compile()
+        for _ in range(flags.steps + 1):
+            start = time.perf_counter()
+            state, metrics = step(state, batch, np.int32(count))
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]), step.memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    main()
