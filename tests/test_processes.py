@@ -42,7 +42,11 @@ def test_two_processes_see_the_losses_of_one(one: Path, two: Path):
     check_close(two, one)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "SIGINT"],
+)
 def test_a_signal_to_one_of_two_stops_both(one: Path, two: Path, tmp_path: Path, number: signal.Signals):
     children = runs.begin_together(tmp_path, 2, *MESH)
     runs.at_step(tmp_path, children[0], 5)

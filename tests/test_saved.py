@@ -157,7 +157,9 @@ def test_a_change_is_printed_and_goes_on(nine: Path):
     assert "resumed     step 9" in said
 
 
-@pytest.mark.parametrize("word", ["model.dropout=0.2", "data.validation_fraction=0.1", "seed=1"])
+@pytest.mark.parametrize(
+    "word", ["model.dropout=0.2", pytest.param("data.validation_fraction=0.1", marks=pytest.mark.slow), "seed=1"]
+)
 def test_what_changes_the_meaning_is_refused_unless_said(nine: Path, word: str):
     path, _, new = word.partition("=")
     said = runs.train(nine, "--devices", "1", word, code=64)
