@@ -21,7 +21,7 @@ from mtx import config as configs
 from mtx import train
 from mtx.mesh import MeshConfig
 from mtx.model import Batch
-from mtx.pipeline import Costs, GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble, simulate
+from mtx.pipeline import AnySchedule, Costs, GPipe, Interleaved, OneFOneB, ZeroBubble, simulate
 from mtx.step import Program
 
 WORDS = ["model.vocab_size=256", "layout.zero=0", "model.attention.backend=plain"]
@@ -38,19 +38,19 @@ def main() -> None:
     flags = p.parse_args()
     print("| remat | schedule | ticks | s per step | useful work | promised | temporaries MiB |")
     print("|---|---|---|---|---|---|---|")
-    for remat in ("full", "none"):
+    for remat in ("none", "full", "stage"):
         ideal = measure(program(flags, None, remat), flags, flags.microbatches // flags.stages)[0]
         print(f"| {remat} | (data parallel) | - | {ideal:.3f} | 1.00 | 1.00 | - |", flush=True)
-        costs = Costs(backward=2.0 if remat == "full" else 1.0)
+        costs = Costs(backward={"none": 1.0, "full": 2.0, "stage": 3.0}[remat])
         for schedule in (GPipe(), OneFOneB(), Interleaved(), ZeroBubble()):
             seconds, temporaries = measure(program(flags, schedule, remat), flags, flags.microbatches)
-            found = simulate(schedule.table(flags.stages, flags.microbatches, keeps=remat != "full"), costs)
+            found = simulate(schedule.table(flags.stages, flags.microbatches, keeps=remat != "stage"), costs)
             name, figures = str(schedule).removesuffix("()"), f"{ideal / seconds:.2f} | {1 - found.bubble:.2f}"
             row = f"| {remat} | {name} | {found.ticks} | {seconds:.3f} | {figures} | {temporaries / 2**20:.0f} |"
             print(row, flush=True)
 
 
-def program(flags: argparse.Namespace, schedule: Schedule | None, remat: str) -> Program:
+def program(flags: argparse.Namespace, schedule: AnySchedule | None, remat: str) -> Program:
     config = configs.load("configs/quickstart.py", [*WORDS, f"model.remat={remat}"]).config
     mesh = MeshConfig(pipeline=flags.stages) if schedule else MeshConfig(data=flags.stages)
     mlp = dataclasses.replace(config.model.mlp, width=4 * flags.width)
@@ -73,7 +73,9 @@ def measure(program: Program, flags: argparse.Namespace, count: int) -> tuple[fl
             state, metrics = step(state, batch, np.int32(count))
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]), step.memory_analysis().temp_size_in_bytes
+    memory = step.memory_analysis()
+    assert memory is not None
+    return statistics.median(seconds[1:]), memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":

@@ -132,9 +132,9 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, context)
         if cache is not None:
             assert context.seen_BTS is not None
-            cache = cache.write(context.layer, context.slot, k_BTKH, v_BTKH)
+            cache = cache.write(context.row, context.slot, k_BTKH, v_BTKH)
             out_BTNH, lse_BNT = cached_attention(
-                q_BTNH, *cache.read(context.layer), context.seen_BTS, _scores(self.config, q_BTNH)
+                q_BTNH, *cache.read(context.row), context.seen_BTS, _scores(self.config, q_BTNH)
             )
             if self.sink_N is not None:
                 out_BTNH, _ = with_sinks(out_BTNH, lse_BNT, self.sink_N[...])

@@ -31,6 +31,8 @@ class Context:
     layer: jax.Array | int = 0
     seen_BTS: jax.Array | None = None
     """With a cache: which of its slots each token sees, instead of what mask and segments say."""
+    row: jax.Array | int = 0
+    """With a cache: which of its rows is this layer's."""
     slot: jax.Array | int = 0
     """With a cache: where the keys and values of the first token go; the others' follow."""
 

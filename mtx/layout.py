@@ -65,7 +65,8 @@ class Row:
                     columns if (self.weights, self.optimizer) != (at_rest,) * 2 else (self.gradients, self.activations)
                 )
             if set(columns) not in ({()}, {("model",)}):
-                yield f"must split all four columns of {name} over model, or none"
+                at_rest = f"; weights and optimizer state of vocab over {STAGES} besides" if name == "vocab" else ""
+                yield f"must split all four columns of {name} over model, or none{at_rest}"
         elif name == ZERO:
             legal = ((), ("data",))
             if self.activations or self.weights != self.optimizer or not {self.weights, self.gradients} <= {*legal}:

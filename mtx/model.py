@@ -29,8 +29,8 @@ from mtx.layers import (
     dropout,
     weight,
 )
-from mtx.layout import STAGES, Placement, Weight
-from mtx.spmd import Doors, Params
+from mtx.layout import Placement, Weight
+from mtx.spmd import Doors, Params, relay, this_stage
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words
 
@@ -82,8 +82,9 @@ class Transformer:
     """Divide init_std of the residual projections by sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
     vocab_multiple: int = 128
     """The padded vocabulary is a multiple of this."""
-    remat: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again: nothing, attention's inside, or whole layers."""
+    remat: Literal["none", "selective", "full", "stage"] = "none"
+    """What the backward pass computes again: nothing, attention's inside, or whole layers. stage, for the least memory:
+    of a pipeline's stages only inputs are kept, and their layers computed twice again; without a pipeline, as full."""
     unroll: int = 1
     """Layers per iteration of the layer loop: more compile time for fewer iterations."""
 
@@ -233,18 +234,16 @@ class Model:
         def layer(x_BTD: jax.Array, weights: Params, number: jax.Array) -> jax.Array:
             return self.layer(weights, x_BTD, context, number)
 
-        if self.config.remat == "full":
+        if self.config.remat in ("full", "stage"):
             layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
 
         def step(x_BTD: jax.Array, own: None, weights: Params, number: Any, row: Any) -> tuple[jax.Array, None]:
             return layer(x_BTD, weights, number), own
 
-        x_BTD, _ = self._through(params, step, self.embed(params["ends"], batch.tokens, context), None, doors)
+        x_BTD, _ = self._through(params, step, self.embed(params["ends"], batch.tokens, context), None)
         return self.norm(params["ends"], x_BTD)
 
-    def _through(
-        self, params: Params, step: Callable[..., tuple[jax.Array, Any]], x: jax.Array, own: Any, doors: Doors
-    ):
+    def _through(self, params: Params, step: Callable[..., tuple[jax.Array, Any]], x: jax.Array, own: Any) -> Any:
         """(x, own) through all layers: `step(x, own, a layer's weights, its number, its row on this stage)`.
 
         `own` stays where it is; x goes from stage to stage of a pipeline, where this is not differentiated.
@@ -259,20 +258,19 @@ class Model:
             xs = (params["layers"], jnp.arange(self.config.layers))
             return jax.lax.scan(layer, (x, own), xs, unroll=self.config.unroll)[0]
 
-        def chunk(i: jax.Array, x: jax.Array, own: Any) -> tuple[jax.Array, Any]:
-            virtual = i * place.stages + jax.lax.axis_index(STAGES)
-            count, first = jnp.asarray(place.counts)[virtual], jnp.asarray(place.first)[virtual]
+        def chunk(i: jax.Array, now: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            at = this_stage(place, i)
 
             def layer(now: tuple[jax.Array, Any], j: jax.Array) -> tuple[Any, None]:
                 def run() -> tuple[jax.Array, Any]:
-                    row = i * place.size + j
-                    return step(*now, jax.tree.map(lambda w: w[row], params["layers"]), first + j, row)
+                    weights = jax.tree.map(lambda w: w[at.row + j], params["layers"])
+                    return step(*now, weights, at.layer + j, at.row + j)
 
-                return (run() if place.is_even else jax.lax.cond(j < count, run, lambda: now)), None
+                return (run() if place.is_even else jax.lax.cond(j < at.count, run, lambda: now)), None
 
-            return jax.lax.scan(layer, (x, own), jnp.arange(place.size), unroll=self.config.unroll)[0]
+            return jax.lax.scan(layer, now, jnp.arange(place.size), unroll=self.config.unroll)[0]
 
-        return doors.relay(place.chunks, chunk, x, own)
+        return relay(place, chunk, x, own)
 
     def head(self, ends: Params) -> nnx.Param:
         """The output projection, token_VD or its own."""
@@ -310,9 +308,9 @@ class Model:
         ends = _merge(self._ends, params["ends"])
 
         def step(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any]:
-            return _merge(self._block, weights)(x_BTD, replace(context, layer=row), cache)
+            return _merge(self._block, weights)(x_BTD, replace(context, layer=number, row=row), cache)
 
-        x_BTD, cache = self._through(params, step, ends.embed(token_BT, context), cache, doors)
+        x_BTD, cache = self._through(params, step, ends.embed(token_BT, context), cache)
         return ends.norm(x_BTD), cache
 
     def mask(self, documents: bool) -> Mask:

@@ -16,7 +16,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from flax import nnx
 from jax import lax
 
 from mtx import DIMENSIONS
-from mtx.layout import RESIDUAL_TIME, STAGES, ZERO, BoundLayout, Weight
+from mtx.layout import RESIDUAL_TIME, STAGES, ZERO, BoundLayout, Placement, Weight
 
 Params: TypeAlias = dict[str, Any]
 
@@ -156,16 +156,9 @@ class Doors(abc.ABC):
     def local(self, f: Callable[..., jax.Array], letters: Sequence[str], result: str, *arrays: jax.Array) -> jax.Array:
         """f of what each device holds, where it communicates nothing: for kernels, which XLA cannot split."""
 
-    @abc.abstractmethod
     def gather_stages(self, weight: Weight, value: jax.Array) -> jax.Array:
         """A stored weight's value with what other pipeline stages hold of it at rest: once per step."""
-
-    @abc.abstractmethod
-    def relay(self, chunks: int, run: Callable[[jax.Array, Any, Any], tuple[Any, Any]], moving: Any, own: Any) -> Any:
-        """(moving, own) through all virtual stages of a pipeline, one after the other; `moving` ends on every stage.
-
-        `run(chunk, moving, own)` is one of this stage's chunks. Not differentiated.
-        """
+        return value
 
     @abc.abstractmethod
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
@@ -224,19 +217,6 @@ class ManualDoors(Doors):
             return value
         value = value if self.at_use else value.astype(self.compute)  # ZeRO-3 scatters gradients in its own dtype
         return lax.all_gather(value, STAGES, axis=dim, tiled=True)
-
-    def relay(self, chunks: int, run: Callable[[jax.Array, Any, Any], tuple[Any, Any]], moving: Any, own: Any) -> Any:
-        stages = self.layout.size(STAGES)
-        if stages == 1:
-            return run(jnp.zeros((), jnp.int32), moving, own)
-        here = lax.axis_index(STAGES)
-
-        def hop(k: jax.Array, now: Any) -> Any:
-            moving, own = lax.cond(k % stages == here, lambda: run(k // stages, *now), lambda: now)
-            return jax.tree.map(to_next_stage, moving), own
-
-        moving, own = lax.fori_loop(0, chunks * stages, hop, (moving, own))
-        return jax.tree.map(lambda x: lax.psum(jnp.where(here == 0, x, jnp.zeros_like(x)), STAGES), moving), own
 
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
         if not weight.is_matrix:
@@ -344,12 +324,6 @@ class CompiledDoors(Doors):
     def gather_for_use(self, w: nnx.Variable) -> jax.Array:
         return self.gather(w.weight, w[...])
 
-    def gather_stages(self, weight: Weight, value: jax.Array) -> jax.Array:
-        return value
-
-    def relay(self, chunks: int, run: Callable[[jax.Array, Any, Any], tuple[Any, Any]], moving: Any, own: Any) -> Any:
-        return run(jnp.zeros((), jnp.int32), moving, own)
-
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
         if not weight.is_matrix:
             return value
@@ -402,6 +376,46 @@ class CompiledDoors(Doors):
 
     def zeros(self, letters: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.zeros(shape, dtype, out_sharding=self.layout.activation(letters))
+
+
+class VirtualStage(NamedTuple):
+    """One of this stage's, as traced numbers."""
+
+    row: jax.Array
+    """Its first row in the stage's stacked weights."""
+    layer: jax.Array
+    """Its first layer."""
+    count: jax.Array
+    """How many it has."""
+    is_first: jax.Array
+    is_last: jax.Array
+
+
+def this_stage(place: Placement, chunk: jax.Array) -> VirtualStage:
+    """This pipeline stage's chunk of this number; inside the Manual region."""
+    virtual = chunk * place.stages + lax.axis_index(STAGES)
+    return VirtualStage(
+        row=chunk * place.size,
+        layer=jnp.asarray(place.first)[virtual],
+        count=jnp.asarray(place.counts)[virtual],
+        is_first=virtual == 0,
+        is_last=virtual == len(place.counts) - 1,
+    )
+
+
+def relay(place: Placement, run: Callable[[jax.Array, tuple[Any, Any]], Any], moving: Any, own: Any) -> Any:
+    """(moving, own) through all virtual stages, one after the other; `moving` ends on every stage, `own` stays.
+
+    `run(chunk, (moving, own))` is one of this stage's chunks. Not differentiated; inside the Manual region.
+    """
+    here = lax.axis_index(STAGES)
+
+    def hop(k: jax.Array, now: Any) -> Any:
+        moving, own = lax.cond(k % place.stages == here, lambda: run(k // place.stages, now), lambda: now)
+        return jax.tree.map(to_next_stage, moving), own
+
+    moving, own = lax.fori_loop(0, len(place.counts), hop, (moving, own))
+    return jax.tree.map(lambda x: lax.psum(jnp.where(here == 0, x, jnp.zeros_like(x)), STAGES), moving), own
 
 
 def to_next_stage(x: jax.Array) -> jax.Array:

@@ -153,22 +153,30 @@ class Program:
 
     def ordered(self, state: TrainState) -> TrainState:
         """A state of this program, its layers in their own order. The state itself stays."""
-        return state if self.model.placement.in_order else self._to_order(state)
+        return state if self.model.placement.in_order else self._each_weight(self._ordered, state)
 
     def placed(self, state: T) -> T:
-        """The inverse of `ordered`; of a whole state or of its `params` alone."""
-        return state if self.model.placement.in_order else self._to_rows(state)
+        """The inverse of `ordered`, which frees what it was given: a whole state, or its `params` alone."""
+        return state if self.model.placement.in_order else self._each_weight(self._placed, state)
+
+    def _ordered(self, weight: Weight, x: jax.Array) -> jax.Array:
+        return self._to_order(x, weight=weight) if weight.layers else x
+
+    def _placed(self, weight: Weight, x: jax.Array) -> jax.Array:
+        if not weight.layers:
+            return x
+        moved = self._to_rows(x, weight=weight)
+        jax.block_until_ready(moved)
+        x.delete()  # an array at a time: there is no room for all twice
+        return moved
 
     @cached_property
-    def _to_order(self) -> Callable:
-        return jax.jit(partial(self._each_weight, partial(self._moved, to_order)))
+    def _to_order(self) -> Callable[..., jax.Array]:
+        return jax.jit(partial(to_order, self.mesh, self.layout, self.model.placement), static_argnames="weight")
 
     @cached_property
-    def _to_rows(self) -> Callable:
-        return jax.jit(partial(self._each_weight, partial(self._moved, to_rows)))
-
-    def _moved(self, move: Callable, weight: Weight, x: jax.Array) -> jax.Array:
-        return move(self.mesh, self.layout, self.model.placement, weight, x) if weight.layers else x
+    def _to_rows(self) -> Callable[..., jax.Array]:
+        return jax.jit(partial(to_rows, self.mesh, self.layout, self.model.placement), static_argnames="weight")
 
     def _each_weight(self, f: Callable, state: Any) -> Any:
         """f(weight, x) of every x of a state, or of params alone, that is a weight or has a weight's shape."""
@@ -324,28 +332,25 @@ class Program:
         key_MB = sequence_keys(seed, sample_MB)
         return self._engine(doors, batch.tokens.shape[0]).gradients(params, (batch, key_MB), count)
 
-    def _pipelined_sums(self, doors: Doors, params: Params, batch: Batch) -> jax.Array:
-        """`_sums` over the stages of a pipeline, which rows of one batch follow one another through."""
-        rows = batch.tokens.shape[0]
-        parts = max(n for n in range(1, min(rows, 4 * self.stages) + 1) if rows % n == 0)
-        batch_MBT = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-        return self._engine(doors, parts, forward=True).sums(params, (batch_MBT, None))
-
     def _engine(self, doors: Doors, microbatches: int, forward: bool = False) -> Engine:
         model, config = self.model, self.model.config
-        keeps = forward or config.remat != "full"
 
         def context(feed: Any) -> Context:
             return model.context(feed[0], doors, self.mask, feed[1])
 
+        def layer(weights: Params, x_BTD: jax.Array, feed: Any, number: jax.Array) -> jax.Array:
+            return model.layer(weights, x_BTD, context(feed), number)
+
+        if config.remat in ("full", "stage") and not forward:
+            layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
         return Engine(
             parts=Parts(
                 embed=lambda ends, feed: model.embed(ends, feed[0].tokens, context(feed)),
-                layer=lambda weights, x_BTD, feed, i: model.layer(weights, x_BTD, context(feed), i),
+                layer=layer,
                 finish=lambda ends, x_BTD, feed: self._loss(doors, ends, model.norm(ends, x_BTD), feed[0]),
             ),
             placement=model.placement,
-            table=self.schedule.table(self.stages, microbatches, keeps=keeps),
+            table=self.schedule.table(self.stages, microbatches, keeps=forward or config.remat != "stage"),
             weights=self.weights,
             scatter=doors.scatter_microbatch,
             unroll=config.unroll,
@@ -402,16 +407,20 @@ class Program:
         return jax.jit(self.train_step, donate_argnums=0, out_shardings=out)
 
     def eval_sums(self, params: Params, batch: Batch) -> jax.Array:
-        """(cross entropy in nats, label weight), each summed over a Batch_BT."""
-        doors = self.doors()
+        """(cross entropy in nats, label weight), each summed over a Batch_MBT, which streams through a pipeline."""
+        doors, (count, _, _) = self.doors(), batch.tokens.shape
 
         def run(params: Params, batch: Batch) -> jax.Array:
             used = self.use(doors, params)
-            sums = self._pipelined_sums(doors, used, batch) if self.stages > 1 else self._sums(doors, used, batch, None)
+            if self.stages > 1:
+                sums = self._engine(doors, count, forward=True).sums(used, (batch, None))
+            else:
+                parts = [Batch(*(x[i] for x in batch)) for i in range(count)]
+                sums = sum((self._sums(doors, used, part, None) for part in parts), start=jnp.zeros(3))
             return doors.sum_over("B", sums[1:])
 
         with self.exact():
-            return self.mapped(run, (self.stored_specs, self.rows_spec), P())(params, batch)
+            return self.mapped(run, (self.stored_specs, self.batch_spec), P())(params, batch)
 
     def logits(self, state: TrainState, batch: Batch) -> jax.Array:
         """Float32 logits_BTV of a Batch_BT over the padded vocabulary."""

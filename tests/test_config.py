@@ -193,7 +193,7 @@ MISTAKES = {
         ("model.layers=0", "model.layers=0 must be at least 1."),
         ("model.dropout=1.5", "model.dropout=1.5 must be at least 0 and below 1."),
         ("model.causal=yes", "model.causal=yes must be true or false."),
-        ("model.remat=ful", "model.remat=ful must be one of none, selective, full; did you mean full?"),
+        ("model.remat=ful", "model.remat=ful must be one of none, selective, full, stage; did you mean full?"),
         ("model.unroll=4", "model.unroll=4 must divide layers=2."),
         (
             "model.vocab_size=256",
@@ -455,6 +455,11 @@ MISTAKES = {
             "mesh.pipeline=2 partition=Compiled",
             "mesh.pipeline=2 needs partition=Manual: in Compiled no stage can do wor",
         ),
+        (
+            "mesh.data=1 mesh.pipeline=8 model.layers=8 model.vocab_multiple=257",
+            "model.vocab_multiple=257 does not divide over mesh.pipeline=8 (the vocabulary, padded, has 257 rows); try "
+            "model.vocab_multiple=2056, or layout.vocabulary=replicated.",
+        ),
         ("layout.vocabulary=whole", "layout.vocabulary=whole must be one of sharded, replicated."),
     ],
     "GPipe": [
@@ -518,7 +523,7 @@ FILE_MISTAKES = [
     (("Gelu(width=128)", "Learned()"), "model.mlp=Learned() must be one of Gelu, SwiGLU."),
     (
         ("width=64", "width=64, remat='Full'"),
-        "model.remat='Full' must be one of none, selective, full; did you mean full?",
+        "model.remat='Full' must be one of none, selective, full, stage; did you mean full?",
     ),
     (("steps=3", "steps=3, optimiser=Lion()"), "Config has no field 'optimiser'; did you mean optimizer?"),
     (("AdamW(schedule", "AdamX(schedule"), "NameError: name 'AdamX' is not defined; did you mean AdamW?"),
@@ -1057,7 +1062,7 @@ def test_help_lists_every_field_with_type_value_origin_and_help(load):
         rf"^optimizer: AdamW \| Lion \| Sgd = AdamW\s+\S*small.py:{line_of('optimizer=')}$", text, re.MULTILINE
     )
     assert "Sgd: Gradient descent with momentum. Fields: schedule=Cosine(), weight_decay=0.0," in text
-    assert "model.remat: none | selective | full = none" in text
+    assert "model.remat: none | selective | full | stage = none" in text
     assert max(len(line) for line in text.splitlines() if "small.py" not in line) <= 100
 
 

@@ -1,7 +1,7 @@
 """GPipe over four stages: every microbatch goes forward before the first goes backward.
 
 Quickstart's model at half its width, one layer on each stage, and eight microbatches of one sequence for each of two
-data shards. As in the paper, backward computes each stage anew (`remat="full"`), so that only stage inputs are held.
+data shards. As in the paper, backward computes each stage anew (`remat="stage"`), so that only stage inputs are held.
 Long enough to see the loss fall, too short to write anything.
 
     python main.py --config configs/debug/gpipe.py --devices 8
@@ -20,7 +20,7 @@ def get_config() -> Config:
     base = quickstart()
     return replace(
         base,
-        model=replace(base.model, layers=4, width=64, mlp=SwiGLU(width=128), remat="full"),
+        model=replace(base.model, layers=4, width=64, mlp=SwiGLU(width=128), remat="stage"),
         batch=BatchConfig(global_size=16, micro_size=1, sequence_length=64),
         mesh=MeshConfig(pipeline=4, data=2),
         pipeline=GPipe(),

@@ -12,7 +12,7 @@ from mtx.config.root import Config
 from mtx.config.schema import is_config, join, show
 from mtx.errors import Checked, ConfigError, DeviceError
 from mtx.layers import Learned
-from mtx.layout import LAYER, RESIDUAL_TIME, BoundLayout
+from mtx.layout import LAYER, RESIDUAL_TIME, STAGES, BoundLayout
 from mtx.mesh import batch_shards
 from mtx.mesh import sizes as mesh_sizes
 from mtx.spmd import Compiled
@@ -127,13 +127,14 @@ class _Case:
         """Overrides for as many stages as can be, `most` at the most; None if what grows instead does not fit."""
         stages = self.sizes["pipeline"]
         fewer = max((n for n in _divisors(stages) if n <= most), default=1)
-        wild = any(wanted == -1 for wanted in dataclasses.asdict(self.config.mesh).values())
+        text, factor = f"mesh.pipeline={fewer}", stages // fewer
         if self.num_devices is None or fewer == 1:
-            return f"mesh.pipeline={fewer}" if fewer > 1 else None
-        factor = stages // fewer
-        if self.config.batch.global_size % (batch_shards(self.sizes) * factor):
+            return text if fewer > 1 else None
+        wild = [name for name, wanted in dataclasses.asdict(self.config.mesh).items() if wanted == -1]
+        grows = wild[0] if wild and wild != ["pipeline"] else "data"
+        if grows not in ("data", "replica") or self.config.batch.global_size % (batch_shards(self.sizes) * factor):
             return None
-        return f"mesh.pipeline={fewer}" + ("" if wild else f" mesh.data={self.sizes['data'] * factor}")
+        return text if wild == [grows] else f"{text} mesh.data={self.sizes['data'] * factor}"
 
 
 def _batch(case: _Case) -> Iterator[str]:
@@ -275,6 +276,7 @@ def _tensor_parallel(case: _Case) -> Iterator[str]:
         value = model.vocab_multiple if dimension == "vocab" else size
         changes = [case.mesh("model", n) for n in _divisors(math.gcd(size, parts))] if axes == ("model",) else []
         hints = [f"{path}={_either(tries[:2])}"] if tries else []
+        hints += ["layout.vocabulary=replicated"] if STAGES in axes and not size % layout.size("model") else []
         hints += [change for change in changes[-2:] if change] or ([] if tries else ["another mesh"])
         yield f"{path}={value} does not divide over {where}; try {', or '.join(hints)}."
 

@@ -23,9 +23,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--schedule", metavar="NAME", default="OneFOneB", help=f"{', '.join(KINDS)} (default: %(default)s)")
     p.add_argument("--chunks", metavar="V", type=int, help="Interleaved: virtual stages on each stage")
     three = ("FORWARD", "BACKWARD", "WEIGHT")
-    said = "times of a microbatch on a stage (default: 1 2 1; with --keep 1 1 1)"
+    said = "times of a microbatch on a stage (default: 1 3 1; with --keep 1 1 1, right for model.remat=none)"
     p.add_argument("--costs", metavar=three, type=float, nargs=3, help=said)
-    said = "forward keeps what backward needs (remat none), instead of computing it anew"
+    said = "forward keeps what backward needs (every model.remat but stage), instead of the stage's input alone"
     p.add_argument("--keep", action="store_true", help=said)
     p.add_argument("--draw", metavar="FILE.svg", type=Path, help="write the picture as SVG")
     return p
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("stages", "microbatches"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name} {getattr(flags, name)} must be at least 1.")
-    flags.costs = flags.costs or [1.0, 1.0 if flags.keep else 2.0, 1.0]
+    flags.costs = flags.costs or [1.0, 1.0 if flags.keep else 3.0, 1.0]
     if min(flags.costs) <= 0:
         raise ConfigError("--costs must be three positive numbers, such as --costs 1 2 1.")
     return flags

@@ -9,7 +9,7 @@ permutes talk, in every tick.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtx.layout import STAGES, Placement, Weight
+from mtx.pipeline.residuals import Form, Split, Used, used, zeros_of
 from mtx.pipeline.schedules import NOTHING, Row, Table
-from mtx.pipeline.split import Halves, halves
-from mtx.spmd import Params, map_weights, to_next_stage, to_stage_before
+from mtx.pipeline.split import halves
+from mtx.spmd import Params, VirtualStage, map_weights, this_stage, to_next_stage, to_stage_before
 
 Feed = Any
 """What the model reads of a microbatch, besides activations: a tree of arrays."""
@@ -35,19 +36,6 @@ class Parts:
     """(one layer's weights, x_BTD, feed, the layer's number) -> x_BTD."""
     finish: Callable[[Params, jax.Array, Feed], jax.Array]
     """(ends, x_BTD, feed) -> float32 sums, of which the first is minimised."""
-
-
-class Place(NamedTuple):
-    """A virtual stage of this stage, as traced numbers."""
-
-    row: jax.Array
-    """Its first row in the stage's stacked weights."""
-    layer: jax.Array
-    """Its first layer."""
-    count: jax.Array
-    """How many it has."""
-    is_first: jax.Array
-    is_last: jax.Array
 
 
 class Carry(NamedTuple):
@@ -83,12 +71,13 @@ class Engine:
     scatter: Callable[[Weight, jax.Array], jax.Array]
     """What of a microbatch's gradient of a weight is accumulated."""
     unroll: int = 1
+    """Layers per iteration of the loop over a virtual stage's layers."""
 
     # The step.
 
     def gradients(self, params: Params, feed_M: Feed, count: jax.Array) -> tuple[Params, jax.Array]:
-        """(gradients, sums) of the first `count` microbatches: what this stage has of them, and the last stage's sums,
-        on every stage."""
+        """(gradients, sums) of the first `count` of M microbatches: what this stage has of them, and the last stage's
+        sums, on every stage. `feed_M` has a leading M, the table's."""
         run = _Run(self, params, feed_M)
         rows = lax.dynamic_index_in_dim(jnp.asarray(self.table.rows), run.stage, axis=1, keepdims=False)
         carry, _ = lax.scan(lambda carry, row: (run.tick(carry, Row(*row), count), None), run.start(), rows)
@@ -115,25 +104,17 @@ class _Run:
         feed = jax.eval_shape(self.feed, jnp.zeros((), jnp.int32))
         self.x_shape = jax.eval_shape(self.parts.embed, self.ends, feed)
         self.sums_shape = jax.eval_shape(self.parts.finish, self.ends, self.x_shape, feed)
-        self.embeds = _used(lambda ends: self.parts.embed(ends, feed_of(feed)), self.ends)
-        self.finishes = _used(
-            lambda ends: self.parts.finish(ends, jnp.zeros(self.x_shape.shape, self.x_shape.dtype), feed_of(feed)),
+        self.embeds = used(lambda ends: self.parts.embed(ends, zeros_of(feed)), self.ends)
+        self.finishes = used(
+            lambda ends: self.parts.finish(ends, zeros_of(self.x_shape), zeros_of(feed)),
             self.ends,
         )
 
     def feed(self, microbatch: jax.Array) -> Feed:
         return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, microbatch, keepdims=False), self.feed_M)
 
-    def place(self, chunk: jax.Array) -> Place:
-        place = self.placement
-        virtual = chunk * place.stages + self.stage
-        return Place(
-            row=chunk * place.size,
-            layer=jnp.asarray(place.first)[virtual],
-            count=jnp.asarray(place.counts)[virtual],
-            is_first=virtual == 0,
-            is_last=virtual == len(place.counts) - 1,
-        )
+    def place(self, chunk: jax.Array) -> VirtualStage:
+        return this_stage(self.placement, chunk)
 
     def empty(self, slots: int) -> jax.Array:
         return jnp.zeros((slots, *self.x_shape.shape), self.x_shape.dtype)
@@ -153,7 +134,7 @@ class _Run:
             gradients=self.empty(table.gradient_slots),
             sent=jnp.zeros(self.x_shape.shape, self.x_shape.dtype),
             kept=buffers(table.kept_slots, self.form.kept),
-            outputs=self.empty(table.kept_slots),
+            outputs=self.empty(table.output_slots),
             waiting=buffers(table.weight_slots, self.split.left if table.weight_slots else []),
             layers=sums(engine.weights["layers"], self.layers),
             ends=sums(engine.weights["ends"], self.ends),
@@ -183,7 +164,8 @@ class _Run:
             if not self.keeps:
                 return carry.kept, carry.outputs, self.through(x_BTD, place, feed)
             y_BTD, kept = self.through_keeping(x_BTD, place, feed, carry.kept, row.f_keep)
-            return kept, _write(carry.outputs, y_BTD, row.f_keep), y_BTD
+            write = partial(_write, carry.outputs, y_BTD, row.f_keep)
+            return kept, lax.cond(place.is_last, write, lambda: carry.outputs), y_BTD
 
         if not self.keeps:
             runs &= ~place.is_last  # B computes it
@@ -210,7 +192,7 @@ class _Run:
         def run() -> Carry:
             feed = self.feed(row.b_mb)
             if self.keeps:
-                y_BTD, kept, slot = _read(carry.outputs, row.b_keep), carry.kept, row.b_keep
+                y_BTD, kept, slot = _read(carry.outputs, row.b_keep), carry.kept, row.b_keep  # y_BTD on the last
             else:
                 x_BTD = self._input(carry.stash, row.b_slot, place, feed)
                 y_BTD, stacked = self.through_keeping(x_BTD, place, feed)
@@ -222,7 +204,9 @@ class _Run:
         idle = carry._replace(sent=self._nothing())
         return lax.cond(_is_job(row.b_mb, count), run, lambda: idle)
 
-    def _turn(self, carry: Carry, row: Row, place: Place, y_BTD: jax.Array, feed: Feed) -> tuple[Carry, jax.Array]:
+    def _turn(
+        self, carry: Carry, row: Row, place: VirtualStage, y_BTD: jax.Array, feed: Feed
+    ) -> tuple[Carry, jax.Array]:
         """The gradient of a virtual stage's output: the loss's on the last, elsewhere what has arrived."""
 
         def loss() -> tuple[Params, jax.Array, jax.Array]:
@@ -239,7 +223,7 @@ class _Run:
         )
         return carry._replace(ends=ends, sums=sums), gy_BTD
 
-    def _unembed(self, carry: Carry, place: Place, gx_BTD: jax.Array, feed: Feed) -> Carry:
+    def _unembed(self, carry: Carry, place: VirtualStage, gx_BTD: jax.Array, feed: Feed) -> Carry:
         """On the first virtual stage, the gradients of what embeds tokens."""
 
         def run() -> Params:
@@ -251,12 +235,12 @@ class _Run:
 
         return carry._replace(ends=lax.cond(place.is_first, run, lambda: carry.ends))
 
-    def _plus(self, ends: Params, used: "_Used", found: list[jax.Array]) -> Params:
+    def _plus(self, ends: Params, used: "Used", found: list[jax.Array]) -> Params:
         weights = used.take(self.engine.weights["ends"])
         found = [self.engine.scatter(w, g).astype(jnp.float32) for w, g in zip(weights, found, strict=True)]
         return used.put(ends, [old + new for old, new in zip(used.take(ends), found, strict=True)])
 
-    def _input(self, stash: jax.Array, slot: jax.Array, place: Place, feed: Feed) -> jax.Array:
+    def _input(self, stash: jax.Array, slot: jax.Array, place: VirtualStage, feed: Feed) -> jax.Array:
         return lax.cond(place.is_first, lambda: self.parts.embed(self.ends, feed), lambda: _read(stash, slot))
 
     def _nothing(self) -> jax.Array:
@@ -267,11 +251,11 @@ class _Run:
     def layer_weights(self, row: jax.Array) -> Params:
         return jax.tree.map(lambda w: _read(w, row), self.layers)
 
-    def if_there(self, place: Place, i: jax.Array, run: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    def if_there(self, place: VirtualStage, i: jax.Array, run: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
         """`run()` if the virtual stage has an i-th layer, as all have where they are even."""
         return run() if self.placement.is_even else lax.cond(i < place.count, run, otherwise)
 
-    def through(self, x_BTD: jax.Array, place: Place, feed: Feed) -> jax.Array:
+    def through(self, x_BTD: jax.Array, place: VirtualStage, feed: Feed) -> jax.Array:
         """x_BTD after the layers of a virtual stage."""
 
         def layer(x_BTD: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
@@ -285,7 +269,7 @@ class _Run:
     def through_keeping(
         self,
         x_BTD: jax.Array,
-        place: Place,
+        place: VirtualStage,
         feed: Feed,
         kept: list[jax.Array] | None = None,
         slot: jax.Array | None = None,
@@ -316,16 +300,16 @@ class _Run:
     ) -> tuple[jax.Array, list[jax.Array]]:
         """A layer's result and the residuals of its vjp, but for the weights among them."""
         y_BTD, vjp = jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
-        return y_BTD, _Form.of(vjp, weights).without(vjp)
+        return y_BTD, Form.of(vjp, weights).without(vjp)
 
     @cached_property
-    def form(self) -> "_Form":
+    def form(self) -> "Form":
         """What a layer's vjp is made of."""
-        found: list[_Form] = []
+        found: list[Form] = []
 
         def trace(weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array) -> list[jax.Array]:
             _, vjp = jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
-            found.append(_Form.of(vjp, weights))
+            found.append(Form.of(vjp, weights))
             return found[0].without(vjp)
 
         number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -337,7 +321,7 @@ class _Run:
         self,
         carry: Carry,
         row: Row,
-        place: Place,
+        place: VirtualStage,
         gy_BTD: jax.Array,
         kept: list[jax.Array],
         slot: jax.Array,
@@ -381,7 +365,7 @@ class _Run:
         return carry._replace(layers=lax.cond(_is_job(row.w_mb, count), run, lambda: carry.layers))
 
     @cached_property
-    def split(self) -> "_Split":
+    def split(self) -> "Split":
         """A layer's backward pass in its two halves."""
 
         def back(weights: list[jax.Array], rest: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -392,7 +376,7 @@ class _Run:
         weights = jax.tree.leaves(jax.eval_shape(self.layer_weights, jax.ShapeDtypeStruct((), jnp.int32)))
         rest = [*self.form.kept, self.x_shape]
         cut = halves(back, weights, rest)
-        return _Split(cut, jax.eval_shape(cut.now, weights, rest)[2])
+        return Split(cut, jax.eval_shape(cut.now, weights, rest)[2])
 
     def _add(self, sums: Params, found: list[jax.Array | None], row: jax.Array) -> Params:
         """Sums of stacked gradients with one layer's; None leaves a weight's as it is."""
@@ -410,61 +394,6 @@ class _Run:
     def _scan(self, layer: Callable[..., Any], start: Any, reverse: bool = False) -> Any:
         steps = jnp.arange(self.placement.size, dtype=jnp.int32)
         return lax.scan(layer, start, steps, reverse=reverse, unroll=min(self.engine.unroll, self.placement.size))
-
-
-class _Form(NamedTuple):
-    """How a layer's vjp is put together again from what was kept of it and the weights."""
-
-    structure: Any
-    weight_of: tuple[int | None, ...]
-    """Per leaf: which of the weights it is; None if it was kept."""
-    kept: list[jax.ShapeDtypeStruct]
-
-    @staticmethod
-    def of(vjp: Any, weights: Params) -> "_Form":
-        leaves, structure = jax.tree.flatten(vjp)
-        own = {id(w): i for i, w in enumerate(jax.tree.leaves(weights))}
-        return _Form(structure, tuple(own.get(id(leaf)) for leaf in leaves), [])
-
-    def without(self, vjp: Any) -> list[jax.Array]:
-        return [leaf for leaf, i in zip(jax.tree.leaves(vjp), self.weight_of, strict=True) if i is None]
-
-    def vjp(self, weights: Params, kept: list[jax.Array]) -> Any:
-        own, rest = jax.tree.leaves(weights), iter(kept)
-        return jax.tree.unflatten(self.structure, [next(rest) if i is None else own[i] for i in self.weight_of])
-
-
-class _Split(NamedTuple):
-    halves: Halves
-    left: list[jax.ShapeDtypeStruct]
-    """What the first half leaves for the second, of one layer."""
-
-
-class _Used(NamedTuple):
-    """Which leaves of a tree a function reads."""
-
-    flags: tuple[bool, ...]
-
-    def take(self, tree: Any) -> list[Any]:
-        leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))
-        return [leaf for leaf, used in zip(leaves, self.flags, strict=True) if used]
-
-    def put(self, tree: Any, some: list[Any]) -> Any:
-        leaves, structure = jax.tree.flatten(tree)
-        rest = iter(some)
-        return jax.tree.unflatten(
-            structure, [next(rest) if used else leaf for leaf, used in zip(leaves, self.flags, strict=True)]
-        )
-
-
-def _used(f: Callable[[Any], Any], tree: Any) -> _Used:
-    jaxpr = jax.make_jaxpr(f)(tree).jaxpr
-    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}
-    return _Used(tuple(id(v) in read for v in jaxpr.invars))
-
-
-def feed_of(shapes: Feed) -> Feed:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _is_job(microbatch: jax.Array, count: jax.Array) -> jax.Array:

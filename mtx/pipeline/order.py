@@ -1,7 +1,8 @@
 """Stacked weights between the rows of a pipeline's stages and the layers' own order, as checkpoints have it.
 
-Each stage sends every other a part of another dimension of its layers, in one all-to-all: no device ever holds more
-than its share, and a run goes on from a checkpoint on any mesh.
+Each stage sends every other a part of another dimension of its layers, in one all-to-all, so that a device holds its
+share of the ordered layers too (all of them, where the number of stages divides no dimension of a weight), and a run
+goes on from a checkpoint on any mesh.
 """
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from mtx.layout import STAGES, BoundLayout, Placement, Weight
 
 
-def to_order(mesh: Mesh, layout: BoundLayout, placement: Placement, weight: Weight, x: jax.Array) -> jax.Array:
+def to_order(mesh: Mesh, layout: BoundLayout, placement: Placement, x: jax.Array, *, weight: Weight) -> jax.Array:
     """From rows, split as `weight` is, to layers, split as `BoundLayout.ordered_spec`."""
     dim, rows = layout.exchange_dim(weight), placement.row_of_layer
 
@@ -26,7 +27,7 @@ def to_order(mesh: Mesh, layout: BoundLayout, placement: Placement, weight: Weig
     return jax.shard_map(local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)(x)
 
 
-def to_rows(mesh: Mesh, layout: BoundLayout, placement: Placement, weight: Weight, x: jax.Array) -> jax.Array:
+def to_rows(mesh: Mesh, layout: BoundLayout, placement: Placement, x: jax.Array, *, weight: Weight) -> jax.Array:
     """The inverse of `to_order`; rows without a layer are zeros."""
     dim, layers = layout.exchange_dim(weight), placement.layer_of_row
 

@@ -29,8 +29,10 @@ So far of tables whose Bs compute their stage anew. In one laid out with `keeps`
 `b_slot`.
 """
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -116,6 +118,12 @@ class Table:
         """Slots of the buffer of what Fs keep for their Bs; 0 in a table whose Bs compute their stage anew."""
         at = self.columns
         return 1 + int(max(at.f_keep.max(), at.b_keep.max()))
+
+    @property
+    def output_slots(self) -> int:
+        """Of the kept slots, how many the last virtual stage uses: it keeps its output too, for the loss."""
+        at = self.columns
+        return 1 + int(at.f_keep[:, -1][at.f_chunk[:, -1] == self.chunks - 1].max(initial=NOTHING))
 
     @property
     def stash_slots(self) -> int:
@@ -204,11 +212,16 @@ def _refuse_collisions(kind: str, tick: np.ndarray, stage: np.ndarray) -> None:
 def _slots(stage: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Slots for values in use in ticks start <= t < end, on each stage the lowest that is free (which is optimal)."""
     slots = np.empty(start.shape, int)
-    free_from: dict[int, list[int]] = {}
+    free: dict[int, list[int]] = {}  # of each stage, a heap; its last entry is the first slot that was never used
+    busy: dict[int, list[tuple[int, int]]] = {}  # (free from, slot), a heap
     for job in np.argsort(start, axis=None, kind="stable"):
-        busy = free_from.setdefault(int(stage.flat[job]), [])
-        slot = next((i for i, t in enumerate(busy) if t <= start.flat[job]), len(busy))
-        busy[slot : slot + 1] = [end.flat[job]]
+        mine, held = free.setdefault(int(stage.flat[job]), [0]), busy.setdefault(int(stage.flat[job]), [])
+        while held and held[0][0] <= start.flat[job]:
+            heapq.heappush(mine, heapq.heappop(held)[1])
+        slot = heapq.heappop(mine)
+        if not mine:
+            mine.append(slot + 1)
+        heapq.heappush(held, (int(end.flat[job]), slot))
         slots.flat[job] = slot
     return slots
 
@@ -248,7 +261,12 @@ class Schedule:
             tries = " or ".join(map(str, self.nearest(microbatches, stages)))
             name = type(self).__name__
             raise ConfigError(f"{name} cannot take {microbatches} microbatches over {stages} stages; try {tries}.")
-        return lay_out(stages, self.ticks(stages, microbatches), keeps=keeps)
+        return _table(self, stages, microbatches, keeps)
+
+
+@lru_cache(maxsize=16)
+def _table(schedule: Schedule, stages: int, microbatches: int, keeps: bool) -> Table:
+    return lay_out(stages, schedule.ticks(stages, microbatches), keeps=keeps)
 
 
 @dataclass(frozen=True, kw_only=True)

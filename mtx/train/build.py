@@ -135,16 +135,20 @@ def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, step
 
 def _pipeline(program: Program, microbatches: int) -> str:
     """The schedule and what it costs, if gradients of inputs, and of weights, take as long as forward."""
-    place, keeps = program.model.placement, program.model.config.remat != "full"
-    table = program.schedule.table(place.stages, microbatches, keeps=keeps)
-    found = simulate(table, Costs(backward=1.0 if keeps else 2.0))  # full remat: B goes forward again
+    place, remat = program.model.placement, program.model.config.remat
+    table = program.schedule.table(place.stages, microbatches, keeps=remat != "stage")
+    again = {"full": 1.0, "stage": 2.0}.get(remat, 0.0)  # how often B goes forward
+    found = simulate(table, Costs(backward=1.0 + again))
     layers = " or ".join(str(n) for n in sorted(set(place.counts)))
     layers = (f"{place.chunks} x " if place.chunks > 1 else "") + layers + (" layer" if layers == "1" else " layers")
-    held, what = (max(found.kept), "activations") if keeps else (max(found.stash), "inputs")
+    padding = "" if place.is_even else f" (padded to {place.rows})"
+    held, what = (max(found.kept), "activations") if table.keeps else (max(found.stash), "inputs")
+    idle = f"idle {found.bubble:.0%} of the time"
     few = "; a smaller batch.micro_size makes more microbatches" if microbatches < 2 * place.stages else ""
     return (
-        str(program.schedule).removesuffix("()") + f", {place.stages} stages of {layers}, {found.ticks} ticks, "
-        f"idle {found.bubble:.0%} of the time{few}; {what} of {held} microbatches held"
+        str(program.schedule).removesuffix("()")
+        + f", {place.stages} stages of {layers}{padding}, {found.ticks} ticks, {idle}{few}; "
+        f"{what} of {held} microbatches held"
     )
 
 

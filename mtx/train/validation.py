@@ -36,8 +36,9 @@ def validate(
     count = min(config.eval_sequences or windows, windows)
     chosen = np.arange(count, dtype=np.int64) * windows // count
     shards = program.layout.size(*program.layout.batch_axes)
-    micro = config.batch.micro_size or config.batch.global_size // shards
-    rows = config.batch.global_size if program.stages > 1 else micro * shards  # stages work at once on several
+    rows = (config.batch.micro_size or config.batch.global_size // shards) * shards
+    together = min(4 * program.stages, -(-count // rows)) if program.stages > 1 else 1  # they follow one another
+    rows *= together
     total = np.zeros(2, np.float64)
     for start in range(0, count, rows):
         between()
@@ -48,7 +49,7 @@ def validate(
             arrays["weights"] = arrays["weights"] * (number < count)[:, None].astype(np.float32)
             return arrays
 
-        batch = program.place_rows(load, (rows, length), program.rows_spec)
+        batch = program.place_rows(load, (together, rows // together, length), program.batch_spec)
         total += np.asarray(eval_fn(params, batch), np.float64)
     loss = total[0] / total[1]
     return {
