@@ -1,0 +1,54 @@
+"""What a sample teaches: pure functions from tokens to a row, one per objective.
+
+Objectives over windows (`CausalLm`, `PrefixLm`, `FillInTheMiddle`, `MaskedLm`, `SpanCorruption`) have one form:
+`row(window, frame, draws)`, with windows of `window_length(sequence_length)` targets and draws from
+`generator(seed, objective.purpose, source, epoch, index)`. `Completion` and `SentencePairs` have inputs of their own.
+"""
+
+from data.objectives.best_fit import Completion, Packed, Piece, best_fit, documents_row, pack_documents
+from data.objectives.causal import CausalLm, PrefixLm
+from data.objectives.curriculum import (
+    Curriculum,
+    FixedDiscrete,
+    FixedLinear,
+    FixedRoot,
+    LengthWarmup,
+    Pacing,
+    easiest_first,
+)
+from data.objectives.draws import Draws, generator
+from data.objectives.fim import FillInTheMiddle
+from data.objectives.masked import Chunk, MaskedLm, SentencePairs
+from data.objectives.row import Codec, Frame, Row, Specials, WindowObjective, stack
+from data.objectives.spans import SpanCorruption
+
+__all__ = [
+    "CausalLm",
+    "Chunk",
+    "Codec",
+    "Completion",
+    "Curriculum",
+    "Draws",
+    "FillInTheMiddle",
+    "FixedDiscrete",
+    "FixedLinear",
+    "FixedRoot",
+    "Frame",
+    "LengthWarmup",
+    "MaskedLm",
+    "Pacing",
+    "Packed",
+    "Piece",
+    "PrefixLm",
+    "Row",
+    "SentencePairs",
+    "SpanCorruption",
+    "Specials",
+    "WindowObjective",
+    "best_fit",
+    "documents_row",
+    "easiest_first",
+    "generator",
+    "pack_documents",
+    "stack",
+]
