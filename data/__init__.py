@@ -9,7 +9,16 @@ from data.corpus import Corpus, Split
 from data.packing import Batch
 from data.python_docs import PythonDocs
 from data.text_files import Fail, Skip, TextFiles
-from data.tokenizer import Bpe, Bytes, TokenizerFile
+from data.tokenizer import (
+    Bpe,
+    Bytes,
+    Gpt2,
+    SentencePiece,
+    SentencePieceFile,
+    TokenizerFile,
+    WordPiece,
+    WordPieceFile,
+)
 
 __all__ = [
     "Batch",
@@ -17,9 +26,14 @@ __all__ = [
     "Bytes",
     "Corpus",
     "Fail",
+    "Gpt2",
     "PythonDocs",
+    "SentencePiece",
+    "SentencePieceFile",
     "Skip",
     "Split",
     "TextFiles",
     "TokenizerFile",
+    "WordPiece",
+    "WordPieceFile",
 ]

@@ -11,7 +11,6 @@ from data.shards import TEMPORARY, Shard
 
 FORMAT = "mtx prepared text 1"
 NAME = "manifest.json"
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ import numpy as np
 
 from data import sources
 from data.corpus import Gzip
-from data.manifest import NAME, TOKENIZER, Manifest, SourceFile, sync
+from data.manifest import NAME, Manifest, SourceFile, sync
 from data.records import Reading, documents
 from data.shards import TEMPORARY, Shard, Writer, dtype_of
 from data.splitting import HASH, Borders, borders, split_of, text_hash
 from data.streams import Bad, BadFile
-from data.text_files import Skip, TextFiles, file_state, read_tokenizer
-from data.tokenizer import BPE_TRAINING_BYTES, Bytes, ByteTokenizer, Tokenizer, TokenizerFile
+from data.text_files import Skip, TextFiles, file_state
+from data.tokenizer import COPY_NAMES, AnyTokenizer, Bytes, ByteTokenizer, Defined, Given, Tokenizer, read_file
 
 BATCH_BYTES = 1 << 20
 """Text that is tokenized at once; `tokenizers` needs some hundred times as much meanwhile."""
@@ -147,12 +147,12 @@ def _prepare(config: TextFiles, folder: Path, progress: Progress) -> None:
     if found.ignored:
         names = ", ".join(found.ignored[:5]) + (", ..." if len(found.ignored) > 5 else "")
         progress(f"ignores {len(found.ignored)} hidden files or files of no known kind: {names}")
-    if isinstance(config.tokenizer, TokenizerFile):  # refused before hours of reading
-        read_tokenizer(Path(config.tokenizer.path), config.tokenizer.end_of_document)
+    if isinstance(config.tokenizer, Given):  # refused before hours of reading
+        read_file(config.tokenizer, config.tokenizer.original())
     files = [_File(path, *file_state(path)) for path in found.files]
     policy = _Policy(config)
-    ends = _survey(config, files, folder, policy, progress)
-    tokenizer = _tokenizer(config, files, folder, ends, progress)
+    ends, text_bytes = _survey(config, files, folder, policy, progress)
+    tokenizer = _tokenizer(config, files, folder, ends, text_bytes, progress)
     writers = {name: Writer(folder, name, dtype_of(tokenizer.vocab_size), tokenizer.end_of_document) for name in ends}
     yardstick = Gzip()
     try:
@@ -170,16 +170,19 @@ def _prepare(config: TextFiles, folder: Path, progress: Progress) -> None:
         splits=splits,
         gzip_bits_per_byte=yardstick.bits_per_byte(),
     )
-    _publish(folder, writers.values(), manifest)
+    _publish(config.tokenizer, folder, writers.values(), manifest)
 
 
-def _survey(config: TextFiles, files: list[_File], folder: Path, policy: _Policy, progress: Progress) -> Borders:
-    """The first pass: reads everything, fills in `files`, and says where each split ends."""
+def _survey(
+    config: TextFiles, files: list[_File], folder: Path, policy: _Policy, progress: Progress
+) -> tuple[Borders, int]:
+    """The first pass: reads everything, fills in `files`, and says where each split ends and how long the text is."""
     path = folder / f"hashes{TEMPORARY}"
     meter = _Meter(progress, "reading", sum(file.bytes for file in files))
+    text_bytes = 0
     with open(path, "wb", buffering=SPOOL_BYTES) as spool:
         for file in files:
-            start = spool.tell()
+            start, text_bytes_before = spool.tell(), text_bytes
             reading = Reading(file.path, policy.report, meter.count)
             try:
                 for text in documents(reading, config.limits()):
@@ -187,13 +190,14 @@ def _survey(config: TextFiles, files: list[_File], folder: Path, policy: _Policy
                         spool.write(text_hash(text).to_bytes(HASH.itemsize, "little"))
                         file.documents += 1
                         meter.documents += 1
+                        text_bytes += len(text)
                     else:
                         file.empty += 1
                 file.sha256 = reading.sha256
             except BadFile as error:
                 policy.report(error.bad)
                 meter.documents -= file.documents
-                file.documents, file.empty = 0, 0
+                file.documents, file.empty, text_bytes = 0, 0, text_bytes_before
                 spool.seek(start)
                 spool.truncate()
     meter.say()
@@ -203,7 +207,7 @@ def _survey(config: TextFiles, files: list[_File], folder: Path, policy: _Policy
     hashes_N = np.memmap(path, HASH, "r+") if meter.documents else np.empty(0, HASH)
     hashes_N.sort()  # in the file: the system writes back what memory does not hold
     try:
-        return borders(hashes_N, config.shares())
+        return borders(hashes_N, config.shares()), text_bytes
     except ValueError as error:
         raise ValueError(f"data.split={config.split}: {error} {_finer(files)}") from error
 
@@ -214,18 +218,23 @@ def _finer(files: list[_File]) -> str:
     return f"Give more text{cut}, or hold none out: data.split=1,0."
 
 
-def _tokenizer(config: TextFiles, files: list[_File], folder: Path, ends: Borders, progress: Progress) -> Tokenizer:
-    """The tokenizer; one that is a file is put beside the shards, still under a temporary name."""
-    wanted, temporary = config.tokenizer, folder / (TOKENIZER + TEMPORARY)
+def _tokenizer(
+    config: TextFiles, files: list[_File], folder: Path, ends: Borders, text_bytes: int, progress: Progress
+) -> Tokenizer:
+    """The tokenizer; its definition is put beside the shards, still under a temporary name."""
+    wanted = config.tokenizer
     if isinstance(wanted, Bytes):
         return ByteTokenizer()
-    if isinstance(wanted, TokenizerFile):
-        tokenizer = read_tokenizer(Path(wanted.path), wanted.end_of_document)
-        _save(temporary, Path(wanted.path).read_bytes())
-        return tokenizer
-    progress(f"learning {wanted.vocab_size:,} tokens from the training text's first {BPE_TRAINING_BYTES / 1e6:.0f} MB")
-    _save(temporary, wanted.learn(_training_texts(config, files, ends)))
-    return read_tokenizer(temporary, None)
+    temporary = folder / (wanted.copy_name + TEMPORARY)
+    if isinstance(wanted, Given):
+        definition = wanted.original().read_bytes()
+    else:
+        most = wanted.training_bytes()
+        part = f"{most / 1e6:.0f} MB of the training text, spread over it" if text_bytes > most else "the training text"
+        progress(f"learning {wanted.vocab_size:,} tokens from {part}")
+        definition = wanted.learn(_training_texts(config, files, ends, text_bytes, most))
+    _save(temporary, definition)
+    return read_file(wanted, temporary)
 
 
 def _save(path: Path, content: bytes) -> None:
@@ -235,14 +244,19 @@ def _save(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _training_texts(config: TextFiles, files: list[_File], ends: Borders) -> Iterator[str]:
-    left = BPE_TRAINING_BYTES
+def _training_texts(
+    config: TextFiles, files: list[_File], ends: Borders, text_bytes: int, most_bytes: int
+) -> Iterator[str]:
+    """Documents of the training split, all or, of a longer text, as many bytes from every part of it."""
+    seen, taken = 0, 0
     for _, text in _documents(config, files, lambda found: None):
-        if split_of(text, ends) == "train":
-            yield text.decode()
-            left -= len(text)
-            if left <= 0:
+        if split_of(text, ends) == "train" and taken * text_bytes <= seen * most_bytes:
+            part = text[: most_bytes - taken].decode(errors="ignore")  # a character that the cut goes through
+            taken += len(text)
+            yield part
+            if taken >= most_bytes:
                 return
+        seen += len(text)
 
 
 def _documents(config: TextFiles, files: list[_File], count: Callable[[int], None]) -> Iterator[tuple[_File, bytes]]:
@@ -303,13 +317,15 @@ def _write(
     return {name: writer.finish() for name, writer in writers.items()}
 
 
-def _publish(folder: Path, writers: Iterable[Writer], manifest: Manifest) -> None:
+def _publish(tokenizer: AnyTokenizer, folder: Path, writers: Iterable[Writer], manifest: Manifest) -> None:
     """Gives all files their names. Between the first line and the last, the folder counts as not prepared."""
     (folder / NAME).unlink(missing_ok=True)
     sync(folder)
     for writer in writers:
         writer.publish()
-    temporary = folder / (TOKENIZER + TEMPORARY)
-    if temporary.exists():
-        temporary.rename(folder / TOKENIZER)
+    mine = tokenizer.copy_name if isinstance(tokenizer, Defined) else None
+    for name in COPY_NAMES - {mine}:
+        (folder / name).unlink(missing_ok=True)  # of what the folder held before
+    if mine is not None:
+        (folder / (mine + TEMPORARY)).rename(folder / mine)
     manifest.write(folder)

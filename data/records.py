@@ -72,7 +72,7 @@ class Line(NamedTuple):
     number: int
     """From 1."""
     byte: int
-    """The byte that it begins at, from 0; in a .gz, of the text."""
+    """The byte that it begins at, from 0; of the text, where that is packed."""
     content: bytes | None
     """None: longer than allowed."""
     length: int

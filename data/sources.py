@@ -11,8 +11,11 @@ KINDS = {
     ".json": "jsonl",
     ".jsonl.gz": "jsonl",
     ".json.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".json.zst": "jsonl",
     ".txt": "text",
     ".txt.gz": "text",
+    ".txt.zst": "text",
     ".md": "text",
     ".parquet": "parquet",
 }

@@ -1,4 +1,4 @@
-"""Files as streams of bytes: hashed and counted while they are read, unzipped, and bad ones named."""
+"""Files as streams of bytes: hashed and counted while they are read, unpacked, and bad ones named."""
 
 import contextlib
 import gzip
@@ -14,6 +14,12 @@ from typing import Any
 BLOCK_BYTES = 1 << 20
 """Read at once."""
 UTF8_MARK = b"\xef\xbb\xbf"
+PACKED = {".gz": "gzip", ".zst": "zst"}
+"""What a file's name ends with, and how it is packed."""
+ZST_STEP_BYTES = 256
+"""Unpacked at once: at the most, of zeros, they become 8 MB."""
+ZST_WINDOW_BYTES = 2**31
+"""The most that a file may ask for (zst --long=31); what it does not use costs no memory."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,59 @@ def opened(path: str, count: Callable[[int], None]) -> Iterator[Raw]:
         yield raw
 
 
+class Zst(io.RawIOBase):
+    """The content of a .zst, of one frame or several. (The package's own reader takes a cut file for a whole one.)
+
+    Reading raises: EOFError where the file ends within a frame, OSError where it is damaged.
+    """
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        import zstandard
+
+        self._unpacker, self._error = zstandard.ZstdDecompressor(max_window_size=ZST_WINDOW_BYTES), zstandard.ZstdError
+        self._file = file
+        self._frame: Any = None  # between frames
+        self._packed, self._content = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._content:
+            self._packed = self._packed or self._file.read(ZST_STEP_BYTES)
+            if not self._packed and self._frame is None:
+                return 0
+            if not self._packed:
+                raise EOFError
+            self._unpack()
+        found = min(len(buffer), len(self._content))
+        memoryview(buffer)[:found] = self._content[:found]
+        self._content = self._content[found:]
+        return found
+
+    def _unpack(self) -> None:
+        self._frame = self._frame or self._unpacker.decompressobj()
+        try:
+            self._content = memoryview(self._frame.decompress(self._packed))
+        except self._error as error:
+            raise OSError(str(error)) from error
+        self._packed = self._frame.unused_data
+        if self._frame.eof:
+            self._frame = None
+
+
 class Stream:
-    """A file's text, unzipped, from its start to its end, with errors that name it and the place."""
+    """A file's text, unpacked, from its start to its end, with errors that name it and the place."""
 
     def __init__(self, path: str, file: io.BufferedIOBase) -> None:
         self.path = path
-        self._zipped = path.lower().endswith(".gz")
-        self._file = gzip.GzipFile(fileobj=file, mode="rb") if self._zipped else file
+        self._packed = PACKED.get(os.path.splitext(path.lower())[1])
+        if self._packed == "gzip":
+            self._file = gzip.GzipFile(fileobj=file, mode="rb")
+        else:
+            self._file = io.BufferedReader(Zst(file), BLOCK_BYTES) if self._packed else file
         self.byte, self.lines = 0, 0
-        """Bytes and line ends that were read; in a .gz, of the text."""
+        """Bytes and line ends that were read; of the text, where it is packed."""
 
     def line(self, most: int) -> bytes:
         """The next line with its end, or its first `most` bytes; nothing at the file's end."""
@@ -109,12 +159,12 @@ class Stream:
         try:
             return read(most)
         except EOFError as error:
-            what = "the gzip stream breaks off after this line; the file was cut."
-            raise BadFile(Bad(self.path, f"line {self.lines}", "cut gzip", what)) from error
+            what = f"the {self._packed} stream breaks off after this line; the file was cut."
+            raise BadFile(Bad(self.path, f"line {self.lines}", f"cut {self._packed}", what)) from error
         except (OSError, zlib.error) as error:
-            damaged = self._zipped and not getattr(error, "errno", None)
-            reason = "damaged gzip" if damaged else "cannot be read"
-            what = f"{'is no intact gzip file' if damaged else 'cannot be read'} after this line: {error}."
+            damaged = self._packed and not getattr(error, "errno", None)
+            reason = f"damaged {self._packed}" if damaged else "cannot be read"
+            what = f"{f'is no intact {self._packed} file' if damaged else 'cannot be read'} after this line: {error}."
             raise BadFile(Bad(self.path, f"line {self.lines}", reason, what)) from error
 
     def _without_mark(self, first: bytes) -> bytes:

@@ -15,9 +15,9 @@ from pathlib import Path
 from data import manifest as manifests
 from data import shards, sources
 from data.corpus import Corpus, Split, digest
-from data.manifest import TOKENIZER, Manifest
+from data.manifest import Manifest
 from data.records import Limits
-from data.tokenizer import Bpe, Bytes, ByteTokenizer, JsonTokenizer, Tokenizer, TokenizerFile
+from data.tokenizer import AnyTokenizer, Bytes, ByteTokenizer, Given, Tokenizer, read_file
 
 SPLITS = ("train", "validation", "test")
 AGAIN = "run the same command with the verb prepare (python main.py prepare --config ...)"
@@ -46,11 +46,11 @@ class TextFiles:
     """Your own text: JSON lines, plain text or parquet, tokenized once into shards that training reads."""
 
     paths: str
-    """Files, folders or globs, separated by commas: .jsonl, .json (one object per line), .txt, .md, each also .gz
-    but .md, and .parquet. Folders are read with all below them. UTF-8; a mark at a file's start is left out."""
+    """Files, folders or globs, separated by commas: .jsonl, .json (one object per line), .txt, each also .gz or .zst,
+    .md and .parquet. Folders are read with all below them. UTF-8; a mark at a file's start is left out."""
     text_key: str = "text"
     """Key of a JSON object, or column of a parquet table, that holds a document's text."""
-    tokenizer: Bytes | Bpe | TokenizerFile = Bytes()
+    tokenizer: AnyTokenizer = Bytes()
     """Text to tokens."""
     split: str = "949,50,1"
     """Shares of the documents for training, validation and test: two or three numbers, divided by their sum. A
@@ -75,10 +75,10 @@ class TextFiles:
 
         Raises: ValueError if there is neither the tokenizer's file nor its copy beside the shards.
         """
-        if isinstance(self.tokenizer, TokenizerFile):
-            copy = self.prepared_folder() / TOKENIZER
-            use_copy = copy.is_file() and not Path(self.tokenizer.path).exists()
-            return self.tokenizer.size_of(copy if use_copy else Path(self.tokenizer.path))
+        if isinstance(self.tokenizer, Given) and not self.tokenizer.exists():
+            copy = self.prepared_folder() / self.tokenizer.copy_name
+            if copy.is_file():
+                return self.tokenizer.size_of(copy)
         return self.tokenizer.vocab_size
 
     def check(self) -> Iterator[tuple[str, str]]:
@@ -102,11 +102,11 @@ class TextFiles:
             self.shares()
         except ValueError as error:
             yield "split", str(error)
-        if isinstance(self.tokenizer, TokenizerFile):
+        if isinstance(self.tokenizer, Given):
             try:
                 self.vocab_size  # noqa: B018 (it raises)
             except ValueError as error:
-                yield "tokenizer.path", f"cannot be used: {error}"
+                yield f"tokenizer.{self.tokenizer.named_by}", f"cannot be used: {error}"
 
     def shares(self) -> dict[str, Fraction]:
         """The split's parts by name, of 1, without those of 0. Raises: ValueError."""
@@ -206,24 +206,15 @@ class TextFiles:
     def _tokenizer(self, folder: Path, manifest: Manifest) -> Tokenizer:
         if isinstance(self.tokenizer, Bytes):
             return ByteTokenizer()
-        name = self.tokenizer.end_of_document if isinstance(self.tokenizer, TokenizerFile) else None
-        tokenizer = read_tokenizer(folder / TOKENIZER, name)
+        copy = folder / self.tokenizer.copy_name
+        tokenizer = read_file(self.tokenizer, copy)
         if tokenizer.digest != manifest.tokenizer:
-            raise ValueError(f"{folder / TOKENIZER} is not the tokenizer of the shards beside it.")
-        original = Path(self.tokenizer.path) if isinstance(self.tokenizer, TokenizerFile) else None
-        if original and original.exists() and read_tokenizer(original, name).digest != manifest.tokenizer:
-            raise ValueError(f"{original} has changed since the shards in {folder} were written.")
+            raise ValueError(f"{copy} is not the tokenizer of the shards beside it.")
+        if isinstance(self.tokenizer, Given) and self.tokenizer.exists():
+            original = self.tokenizer.original()
+            if read_file(self.tokenizer, original).digest != manifest.tokenizer:
+                raise ValueError(f"{original} has changed since the shards in {folder} were written.")
         return tokenizer
-
-
-def read_tokenizer(path: Path, end_of_document: str | None) -> JsonTokenizer:
-    """From a tokenizer.json. Raises: ValueError that names it."""
-    try:
-        return JsonTokenizer(path.read_bytes(), end_of_document)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
 
 
 def _check_sources(paths: str, manifest: Manifest) -> None:

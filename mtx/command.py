@@ -56,6 +56,8 @@ def take_verb(words: list[str]) -> str:
         near = near or [f"{verb}=VALUE, without spaces"] * ("." in verb)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ConfigError(f"there is no verb {verb!r}{hint} Verbs: {', '.join(VERBS)}.")
+    if verb != "prepare" and any(word.startswith("--train-tokenizer") for word in words):
+        raise ConfigError(f"--train-tokenizer is for prepare alone, which says what to type for {verb}.")
     return verb
 
 

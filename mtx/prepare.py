@@ -1,17 +1,59 @@
 """Text into token shards, which training reads: needed once, and again when the text or the settings change."""
 
 import argparse
+import difflib
+import shlex
 from typing import Any
 
 from data import TextFiles
 from mtx.config import Loaded, check, load
-from mtx.errors import DataError
+from mtx.errors import ConfigError, DataError
+
+TRAINED = {
+    "bpe": ["data.tokenizer=Bpe"],
+    "wordpiece": ["data.tokenizer=WordPiece"],
+    "unigram": ["data.tokenizer=SentencePiece", "data.tokenizer.kind=unigram"],
+}
+"""What --train-tokenizer stands for."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    add = parser.add_argument_group("prepare --config FILE").add_argument
+    names = f"{', '.join(list(TRAINED)[:-1])} or {list(TRAINED)[-1]}"
+    add("--train-tokenizer", metavar="KIND:SIZE", help=f"learn one from the text: {names}, such as bpe:16384")
 
 
 def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     """`python main.py prepare --config FILE`: returns the exit code."""
-    run(load(flags.config, words))
+    if flags.train_tokenizer is None:
+        run(load(flags.config, words))
+        return 0
+    chosen = tokenizer_words(flags.train_tokenizer)
+    if not isinstance((data := load(flags.config, words).config.data), TextFiles):
+        why = f"data={type(data).__name__} has bytes as tokens"
+        raise ConfigError(f"--train-tokenizer is for data=TextFiles; {why}; add data=TextFiles data.paths=...")
+    loaded = load(flags.config, words + chosen)
+    size, needed = getattr(loaded.config.model, "vocab_size", None), loaded.config.data.vocab_size
+    if isinstance(size, int) and size < needed and "model.vocab_size" not in loaded.overrides:
+        chosen.append(f"model.vocab_size={needed}")
+        loaded = load(flags.config, words + chosen)
+    run(loaded)
+    again = shlex.join(["python", "main.py", "--config", str(flags.config), *words, *chosen])
+    print(f"to train on it, set {' '.join(chosen)} in the config or say: {again}")
     return 0
+
+
+def tokenizer_words(text: str) -> list[str]:
+    """`bpe:16384` as overrides. Raises: ConfigError."""
+    kind, _, size = text.replace("=", ":").partition(":")
+    near = difflib.get_close_matches(kind.lower(), TRAINED, n=1)
+    if kind not in TRAINED or not size.isdecimal() or "=" in text:
+        asked = f"--train-tokenizer {text} must be a kind and a number of tokens"
+        kinds = f"Kinds: {', '.join(TRAINED)}."
+        hint = f"{near[0] if near else 'bpe'}:{size if size.isdecimal() else 16384}"
+        raise ConfigError(f"{asked}; {'did you mean' if near else 'such as'} {hint}{'?' if near else '.'} {kinds}")
+    return [*TRAINED[kind], f"data.tokenizer.vocab_size={int(size)}"]
 
 
 def run(loaded: Loaded, *, argv: list[str] | None = None, verbose: bool = False, **_: Any) -> None:

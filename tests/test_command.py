@@ -70,6 +70,8 @@ NO_VERB = "error: there is no verb"
 VERBS = "Verbs: train, eval, generate, prepare, doctor."
 NO_FILE_SYSTEM = "is not on a file system: a checkpoint is sealed by a rename that object stores do not have. Mount"
 FOLDER = "such as python main.py"
+TRAINED, A_KIND = "error: --train-tokenizer ", "a kind and a number of tokens"
+KINDS = "Kinds: bpe, wordpiece, unigram."
 REFUSED = [
     ("C steps=0", ["error: steps=0 must be positive."]),
     (
@@ -136,6 +138,32 @@ REFUSED = [
     ("prepare", ["error: --config FILE is missing; such as --config configs/quickstart.py."]),
     ("prepare C data=TextFiles data.paths=x data.split=a,b", ["error: data.split=a,b must be two or three numbers,"]),
     ("prepare C stesp=3", ["error: stesp: Config has no field 'stesp'; did you mean steps?"]),
+    ("prepare C --train-tokenizer", ["error: argument --train-tokenizer: expected one argument"]),
+    ("prepare C --train-tokenizer bpe", [f"{TRAINED}bpe must be {A_KIND}; did you mean bpe:16384? {KINDS}"]),
+    ("prepare C --train-tokenizer bep:8192", [f"{TRAINED}bep:8192 must be {A_KIND}; did you mean bpe:8192? {KINDS}"]),
+    ("prepare C --train-tokenizer BPE:8192", [f"{TRAINED}BPE:8192 must be {A_KIND}; did you mean bpe:8192? {KINDS}"]),
+    ("prepare C --train-tokenizer bpe=8192", [f"{TRAINED}bpe=8192 must be {A_KIND}; did you mean bpe:8192? {KINDS}"]),
+    ("prepare C --train-tokenizer bpe:16k", [f"{TRAINED}bpe:16k must be {A_KIND}; did you mean bpe:16384? {KINDS}"]),
+    ("prepare C --train-tokenizer bpe:-3", [f"{TRAINED}bpe:-3 must be {A_KIND}; did you mean bpe:16384? {KINDS}"]),
+    (
+        "prepare C --train-tokenizer word:8192",
+        [f"{TRAINED}word:8192 must be {A_KIND}; did you mean wordpiece:8192? {KINDS}"],
+    ),
+    ("prepare C --train-tokenizer x:9000", [f"{TRAINED}x:9000 must be {A_KIND}; such as bpe:9000. {KINDS}"]),
+    (
+        "prepare C --train-tokenizer bpe:8192",
+        ["error: --train-tokenizer is for data=TextFiles; data=PythonDocs has bytes as tokens; add data=TextFiles"],
+    ),
+    (
+        "prepare C data=TextFiles data.paths=x --train-tokenizer bpe:100",
+        ["error: data.tokenizer.vocab_size=100 must be at least 257: 256 bytes and the end of document; try 8192."],
+    ),
+    (
+        "prepare C data=TextFiles data.paths=x data.tokenizer=Gpt2 --train-tokenizer bpe:300",
+        ["error: data.tokenizer is given twice, as Gpt2 and as Bpe; keep one."],
+    ),
+    ("C --train-tokenizer bpe:300", [f"{TRAINED}is for prepare alone, which says what to type for train."]),
+    ("eval runs/x --train-tokenizer=bpe:300", [f"{TRAINED}is for prepare alone, which says what to type for eval."]),
     ("eval", [f"error: eval takes one run folder (none is given); {FOLDER} eval runs/quickstart."]),
     ("eval a b", [f"error: eval takes one run folder (got a, b); {FOLDER} eval runs/quickstart."]),
     ("eval C", [f"error: eval takes a run folder, not --config; {FOLDER} eval runs/quickstart."]),
@@ -262,7 +290,7 @@ EVERY = {f"--{flag}" for flag in FLAGS}
 OWN = {
     "train": set(),
     "doctor": {"--folder", "--need-gb", "--dev"},
-    "prepare": set(),
+    "prepare": {"--train-tokenizer"},
     "eval": {"--split", "--step"},
     "generate": {
         *("--prompt", "--prompt-file", "--tokens", "--temperature", "--top-k", "--top-p", "--step", "--seed"),

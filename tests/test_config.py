@@ -79,6 +79,7 @@ def load(tmp_path):
 # What a user gets wrong. (words, hint), on 8 devices; the hint is all that follows but for lists of fields.
 
 TEXT = "data=TextFiles data.paths=texts "
+TOKENIZERS = "one of Bytes, Bpe, WordPiece, SentencePiece, Gpt2, TokenizerFile, WordPieceFile, SentencePieceFile"
 NOT_A_FILE_SYSTEM = (
     " is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
     "Mount the bucket with something that can rename (such as gcsfuse) and name the mounted folder."
@@ -404,10 +405,10 @@ MISTAKES = {
         ),
     ],
     "Bytes": [
-        (f"{TEXT}data.tokenizer=bytes", "must be one of Bytes, Bpe, TokenizerFile; did you mean Bytes?"),
+        (f"{TEXT}data.tokenizer=bytes", f"must be {TOKENIZERS}; did you mean Bytes?"),
         (
             f"{TEXT}data.tokenizer.vocab_size=300",
-            "data.tokenizer.vocab_size: Bytes has no field 'vocab_size'; Bpe has it: add data.tokenizer=Bpe.",
+            "data.tokenizer.vocab_size: Bytes has no field 'vocab_size'; Bpe, WordPiece, SentencePiece have it: add ",
         ),
     ],
     "Bpe": [
@@ -428,11 +429,66 @@ MISTAKES = {
         ),
         (
             f"{TEXT}data.tokenizer=tokenizer.json",
-            "must be one of Bytes, Bpe, TokenizerFile; did you mean TokenizerFile",
+            f"must be {TOKENIZERS}; did you mean TokenizerFile",
         ),
         (
             f"{TEXT}data.tokenizer.path=tokenizer.json",
-            "Bytes has no field 'path'; TokenizerFile has it: add data.tokenizer=TokenizerFile.",
+            "'path'; TokenizerFile, WordPieceFile, SentencePieceFile have it: add data.tokenizer=TokenizerFile.",
+        ),
+    ],
+    "Gpt2": [
+        (f"{TEXT}data.tokenizer=gpt2", f"must be {TOKENIZERS}; did you mean Gpt2?"),
+        (f"{TEXT}data.tokenizer=GPT-2", f"must be {TOKENIZERS}; did you mean Gpt2?"),
+        (
+            f"{TEXT}data.tokenizer=Gpt2 data.tokenizer.folder=nowhere/gpt2",
+            "data.tokenizer.folder=nowhere/gpt2 cannot be used: nowhere/gpt2 is no folder.",
+        ),
+        (
+            f"{TEXT}data.tokenizer=Gpt2 data.tokenizer.path=vocab.bpe",
+            "Gpt2 has no field 'path'; TokenizerFile, WordPieceFile, SentencePieceFile have it",
+        ),
+    ],
+    "WordPiece": [
+        (
+            f"{TEXT}data.tokenizer=WordPiece data.tokenizer.vocab_size=100",
+            "data.tokenizer.vocab_size=100 must be at least 128: 5 special tokens, letters, and letters within words",
+        ),
+        (f"{TEXT}data.tokenizer=WordPiece data.tokenizer.lowercase=no", "lowercase=no must be true or false."),
+        (
+            f"{TEXT}data.tokenizer=WordPiece",
+            "model.vocab_size=257 is smaller than the 8192 tokens of data=TextFiles; try model.vocab_size=8192.",
+        ),
+    ],
+    "WordPieceFile": [
+        (f"{TEXT}data.tokenizer=WordPieceFile", "data.tokenizer=WordPieceFile needs data.tokenizer.path=... too."),
+        (
+            f"{TEXT}data.tokenizer=WordPieceFile data.tokenizer.path=nope.txt",
+            "data.tokenizer.path=nope.txt cannot be used: nope.txt cannot be read: No such file or directory.",
+        ),
+    ],
+    "SentencePiece": [
+        (f"{TEXT}data.tokenizer=Sentencepiece", f"must be {TOKENIZERS}; did you mean SentencePiece?"),
+        (
+            f"{TEXT}data.tokenizer=SentencePiece data.tokenizer.kind=Unigram",
+            "data.tokenizer.kind=Unigram must be one of unigram, bpe; did you mean unigram?",
+        ),
+        (
+            f"{TEXT}data.tokenizer=SentencePiece data.tokenizer.vocab_size=262",
+            "data.tokenizer.vocab_size=262 must be above 262: 256 bytes and 6 special tokens; try 8192.",
+        ),
+        (
+            f"{TEXT}data.tokenizer=SentencePiece data.tokenizer.sentinels=-1",
+            "data.tokenizer.sentinels=-1 must be at least 0.",
+        ),
+    ],
+    "SentencePieceFile": [
+        (
+            f"{TEXT}data.tokenizer=SentencePieceFile data.tokenizer.path=nope.model",
+            "data.tokenizer.path=nope.model cannot be used: nope.model cannot be read: No such file or directory.",
+        ),
+        (
+            f"{TEXT}data.tokenizer=SentencePieceFile data.tokenizer.path={QUICKSTART}",
+            "is no model that sentencepiece",
         ),
     ],
     "Fail": [

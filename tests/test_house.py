@@ -57,6 +57,9 @@ LAZY = (
     "orbax",
     "tensorboardX",
     "tokenizers",
+    "tiktoken",
+    "sentencepiece",
+    "zstandard",
     "rich",
     "pyarrow",
     "wandb",
@@ -170,7 +173,8 @@ def run_python(program: str) -> str:
     return child.stdout
 
 
-# Flax imports rich for itself; from then on whoever imports one of the heavy packages is refused.
+# Flax imports rich for itself, JAX zstandard for its compile cache; from then on whoever imports one of the heavy
+# packages is refused.
 WITHOUT_HEAVY_PACKAGES = f"""
 import sys
 import flax.nnx
@@ -180,7 +184,7 @@ class Refuse:
         if name.partition(".")[0] in {LAZY}:
             raise ImportError(f"{{name}} is imported at start-up, not where it is used")
 
-for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+for name in [name for name in sys.modules if name.partition(".")[0] in ("rich", "zstandard")]:
     del sys.modules[name]
 sys.meta_path.insert(0, Refuse)
 """

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from test_text_files import write_text
 
-from data import Bpe, Bytes, Skip, TextFiles, TokenizerFile, shards
+import main
+from data import Bpe, Bytes, SentencePiece, Skip, TextFiles, TokenizerFile, shards
 from data.manifest import Manifest
 from mtx import config as configs
 from mtx import prepare
@@ -70,7 +73,7 @@ def end(process: subprocess.Popen, sign: int = signal.SIGKILL) -> None:
 # Killed
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), Bpe(vocab_size=300)])
+@pytest.mark.parametrize("tokenizer", [Bytes(), Bpe(vocab_size=300), SentencePiece(vocab_size=310)])
 @pytest.mark.parametrize("moment", ["reading", "writing"])
 def test_a_killed_preparation_is_made_again_byte_for_byte(tokenizer, moment: str) -> None:
     write_text(Path("text"))
@@ -172,7 +175,8 @@ def test_all_kinds_of_files_give_one_text() -> None:
     Path("text").mkdir()
     rows = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
     Path("text/a.jsonl").write_bytes(b"".join(rows[:8]))
-    Path("text/b.jsonl.gz").write_bytes(gzip.compress(b"".join(rows[8:12])))
+    Path("text/b.jsonl.gz").write_bytes(gzip.compress(b"".join(rows[8:10])))
+    Path("text/b.jsonl.zst").write_bytes(zstandard.compress(b"".join(rows[10:12])))
     pq.write_table(pa.table({"text": texts[12:20]}), "text/c.parquet")
     for i in range(20, 25):
         Path(f"text/d{i}.txt").write_text(texts[i])
@@ -295,7 +299,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from data import *
 TextFiles(paths="a.txt", cut_text_bytes=100).prepare(lambda line: None)
-print([name for name in ("jax", "grain", "tokenizers", "pyarrow") if name in sys.modules])
+heavy = ("jax", "grain", "tokenizers", "tiktoken", "sentencepiece", "zstandard", "pyarrow")
+print([name for name in heavy if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"
 
@@ -336,6 +341,52 @@ def test_the_verb_raises_what_train_raises() -> None:
         prepare.run(loaded("data=TextFiles", "data.paths=none.jsonl"))
     with pytest.raises(ConfigError, match=r"data\.split=1 must be two or three numbers"):
         prepare.run(loaded("data=TextFiles", "data.paths=none.jsonl", "data.split=1"))
+
+
+# --train-tokenizer
+
+OWN_TEXT = ["--config", str(ROOT / "configs" / "own_text.py"), "data.paths=text", "data.split=8,1,1"]
+
+
+@pytest.mark.parametrize(
+    ("short", "tokenizer"),
+    [
+        ("bpe:300", Bpe(vocab_size=300)),
+        ("unigram:310", SentencePiece(vocab_size=310)),
+        ("bpe:1_100", None),
+        ("wordpiece:2000", None),
+    ],
+)
+def test_a_tokenizer_in_short_is_learned_and_what_training_needs_is_said(
+    short: str, tokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    write_text(Path("text"))
+    code = main.main(["main.py", "prepare", "--train-tokenizer", short, *OWN_TEXT])
+    out, err = capsys.readouterr()
+    if tokenizer is None:  # the text is too short, or the number no number
+        assert code == (65 if "wordpiece" in short else 64)
+        assert ("did you mean bpe:16384?" if "_" in short else "vocab_size=2000 is more than the ") in err
+        return
+    assert (code, err) == (0, "")
+    said = out.splitlines()[-1]
+    start = f"to train on it, set data.tokenizer={type(tokenizer).__name__} "
+    assert said.startswith(start) and f"data.tokenizer.vocab_size={tokenizer.vocab_size} in the config or say: " in said
+    program, script, *words = shlex.split(said.partition(" say: ")[2])
+    assert (program, script, words[:2]) == ("python", "main.py", OWN_TEXT[:2])
+    later = configs.load(words[1], words[2:]).config
+    assert later.data.tokenizer == tokenizer and later.data.is_prepared()
+    assert later.model.vocab_size == 1024  # the config file's: enough
+    configs.check(later, 1)
+
+
+def test_a_model_that_is_too_small_for_the_tokenizer_grows_unless_it_was_given(capsys: pytest.CaptureFixture) -> None:
+    write_text(Path("text"))
+    quickstart = ["--config", str(ROOT / "configs" / "quickstart.py"), "data=TextFiles", *OWN_TEXT[2:]]
+    assert main.main(["main.py", "prepare", "--train-tokenizer", "bpe:300", *quickstart]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert " data.tokenizer.vocab_size=300 model.vocab_size=300 in the config" in said
+    assert main.main(["main.py", "prepare", "--train-tokenizer", "bpe:300", *quickstart, "model.vocab_size=299"]) == 64
+    assert "error: model.vocab_size=299 is smaller than the 300 tokens" in capsys.readouterr().err
 
 
 def test_the_verb_has_nothing_to_do_for_documentation(capsys: pytest.CaptureFixture) -> None:

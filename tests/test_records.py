@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from data import Fail, Skip, TextFiles
 from data.records import Limits, Reading, documents
@@ -72,6 +73,9 @@ FOUR = jsonl()
 LINE3 = len(row(GOOD[0]) + row(GOOD[1]))
 """The byte that the third line begins at."""
 ZIPPED = gzip.compress(b"".join(row(f"{i} {os.urandom(64).hex()}") for i in range(5000)), mtime=0)
+PACKED = zstandard.ZstdCompressor(write_checksum=True).compress(
+    b"".join(row(os.urandom(64).hex()) for _ in range(5000))
+)
 ROWS: dict[str, Case] = {
     "no JSON": Case(content(jsonl(b"hello\n")), rf"line 3 \(byte {LINE3}\): is not valid JSON", "invalid JSON"),
     "open string": Case(content(jsonl(b'{"text": "abc\n')), r"line 3 .*: is not valid JSON", "invalid JSON"),
@@ -145,6 +149,27 @@ FILES: dict[str, Case] = {
     "damaged gzip": Case(
         content(ZIPPED[:10] + b"\xff" + ZIPPED[11:]), r"no intact gzip", "damaged gzip", "bad.jsonl.gz"
     ),
+    "empty zst": Case(content(zstandard.compress(b"")), r"line 0: the file is empty", "empty file", "bad.jsonl.zst"),
+    "no zst": Case(content(FOUR), r"line 0: is no intact zst file.*: zstd.*error", "damaged zst", "bad.jsonl.zst"),
+    "cut zst": Case(
+        content(PACKED[: len(PACKED) // 2]), r"line \d+: the zst stream breaks off", "cut zst", "bad.jsonl.zst"
+    ),
+    "zst cut in its head": Case(
+        content(PACKED[:3]), r"line 0: the zst stream breaks off", "cut zst", "bad.txt.zst"
+    ),
+    "zst without its last byte": Case(
+        content(PACKED[:-1]), r"line \d+: the zst stream breaks off", "cut zst", "bad.jsonl.zst"
+    ),
+    "zst cut between frames": Case(
+        content(PACKED + PACKED[:9]), r"line \d+: the zst stream breaks off", "cut zst", "bad.json.zst"
+    ),
+    "zst with a wrong checksum": Case(
+        content(PACKED[:-4] + bytes(4)), r"line \d+: is no intact zst file.*checksum", "damaged zst", "bad.jsonl.zst"
+    ),
+    "damaged zst": Case(
+        content(PACKED[:4] + b"\xff" + PACKED[5:]), r"line 0: is no intact zst", "damaged zst", "bad.jsonl.zst"
+    ),
+    "zst and more": Case(content(PACKED + b"more"), r"line \d+: is no intact zst", "damaged zst", "bad.jsonl.zst"),
     "no parquet": Case(content(FOUR), r": is no intact parquet file", "damaged parquet", "bad.parquet"),
     "cut parquet": Case(
         lambda path: (table(path, GOOD), path.write_bytes(path.read_bytes()[:-9])),
@@ -249,16 +274,41 @@ def test_a_budget_holds_over_all_files(tmp_path: Path) -> None:
     ],
     ids=["plain", "mark", "CRLF", "blank lines", "no last end", "escapes"],
 )
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL", "a.jsonl.gz", "a.jsonl.zst", "A.JSON.ZST"])
 def test_good_lines(raw: bytes, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.lower().rpartition(".")[2], bytes)
+    path.write_bytes(pack(raw))
     assert texts(path) == (GOOD, [])
 
 
 def test_a_gzip_of_several_members_is_read_to_its_end(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(FOUR) + gzip.compress(FOUR))
     assert texts(tmp_path / "a.jsonl.gz") == (GOOD * 2, [])
+
+
+def test_a_zst_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
+    """As pzstd and `cat` make them: some may be empty, or hold no content but a note."""
+    note = b"\x50\x2a\x4d\x18\x04\0\0\0note"
+    frames = [note, zstandard.compress(FOUR), zstandard.compress(b""), note, zstandard.compress(FOUR)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert texts(tmp_path / "a.jsonl.zst") == (GOOD * 2, [])
+
+
+def test_a_zst_may_be_cut_nowhere(tmp_path: Path) -> None:
+    """The library's own reader takes the end of a file for the end of a frame."""
+    whole = zstandard.ZstdCompressor(write_checksum=True).compress(FOUR)
+    for length in range(1, len(whole)):
+        (tmp_path / "a.jsonl.zst").write_bytes(whole[:length])
+        with pytest.raises(BadFile, match="the zst stream breaks off"):
+            texts(tmp_path / "a.jsonl.zst")
+
+
+def test_a_zst_with_a_window_of_two_gigabytes_is_read(tmp_path: Path) -> None:
+    long = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=False)
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(FOUR) + packer.flush())
+    assert texts(tmp_path / "a.jsonl.zst") == (GOOD, [])
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -305,11 +355,13 @@ def test_a_long_line_within_text(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_a_line(tmp_path: Path) -> None:
     import tracemalloc
 
-    (tmp_path / "a.jsonl").write_bytes(row("x" * 50_000_000))
-    tracemalloc.start()
-    assert texts(tmp_path / "a.jsonl", max_record_bytes=100_000)[1] == ["line 1 (byte 0): too long"]
-    assert tracemalloc.get_traced_memory()[1] < 6_000_000
-    tracemalloc.stop()
+    long = row("x" * 50_000_000)
+    for name, raw, most in ("a.jsonl", long, 6_000_000), ("a.jsonl.zst", zstandard.compress(long), 25_000_000):
+        (tmp_path / name).write_bytes(raw)
+        tracemalloc.start()
+        assert texts(tmp_path / name, max_record_bytes=100_000)[1] == ["line 1 (byte 0): too long"]
+        assert tracemalloc.get_traced_memory()[1] < most
+        tracemalloc.stop()
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:

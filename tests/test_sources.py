@@ -15,7 +15,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "c/a.TXT",
         "c/deep/er/z.parquet",
         "c/deep/m.md",
-        "c/x.jsonl.zst",
+        "c/x.jsonl.bz2",
         "c/noise",
         "c/.git/a.txt",
         "c/.b.txt",
@@ -53,8 +53,8 @@ def test_paths_name_files(paths: str, files: list[str], tree: Path) -> None:
 
 
 def test_what_is_not_read_is_listed(tree: Path) -> None:
-    assert find("c").ignored == ["c/.b.txt", "c/.git", "c/noise", "c/x.jsonl.zst"]
-    assert find("c/*.jsonl*").ignored == ["c/x.jsonl.zst"]
+    assert find("c").ignored == ["c/.b.txt", "c/.git", "c/noise", "c/x.jsonl.bz2"]
+    assert find("c/*.jsonl*").ignored == ["c/x.jsonl.bz2"]
 
 
 def test_links_are_followed_once(tree: Path) -> None:
@@ -85,4 +85,5 @@ def test_a_wrong_path_is_named(paths: str, message: str, tree: Path) -> None:
 
 def test_kinds_go_by_the_longest_ending() -> None:
     assert [kind(f"a{suffix}") for suffix in KINDS] == list(KINDS.values())
-    assert [kind(name) for name in ("A.JSONL.GZ", "a.gz", "jsonl", "a.md.gz", "a.txt.bak")] == ["jsonl", *[None] * 4]
+    unknown = ("a.gz", "a.zst", "jsonl", "a.md.gz", "a.txt.bak")
+    assert [kind(name) for name in ("A.JSONL.GZ", "A.Json.ZST", *unknown)] == ["jsonl"] * 2 + [None] * 5

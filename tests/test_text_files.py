@@ -12,8 +12,18 @@ import numpy as np
 import pytest
 from test_tokenizer import LEARNED, unigram
 
-from data import Bpe, Bytes, Skip, TextFiles, TokenizerFile
+from data import (
+    Bpe,
+    Bytes,
+    SentencePiece,
+    SentencePieceFile,
+    Skip,
+    TextFiles,
+    TokenizerFile,
+    WordPieceFile,
+)
 from data.manifest import Manifest
+from data.tokenizer import Defined, Given
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps"]
 
@@ -51,10 +61,32 @@ def refused(config: TextFiles, message: str) -> None:
 # Opening
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), Bpe(vocab_size=300), TokenizerFile(path="tok.json")])
+SIZES = {
+    Bytes(): 257,
+    Bpe(vocab_size=300): 300,
+    SentencePiece(vocab_size=310): 310,
+    SentencePiece(vocab_size=320, kind="bpe"): 320,
+    TokenizerFile(path="tok.json"): 310,
+    SentencePieceFile(path="tok.model"): 330,
+    WordPieceFile(path="vocab.txt", lowercase=False): 49,
+}
+VOCABULARY = "".join(f"{piece}\n" for piece in ("[UNK]", "[SEP]", *WORDS, *map(str, range(10)), "##0"))
+VOCABULARY += "".join(f"##{i}\n" for i in range(1, 10)) + "".join(f"[unused{i}]\n" for i in range(15))
+
+
+def write_files() -> None:
+    """What the configs of `SIZES` name."""
+    Path("tok.json").write_bytes(Bpe(vocab_size=310).learn(LEARNED))
+    draw = random.Random(0)
+    words = [" ".join(draw.choices([*WORDS, *map(str, range(200))], k=50)) for _ in range(50)]
+    Path("tok.model").write_bytes(SentencePiece(vocab_size=330).learn(words))
+    Path("vocab.txt").write_text(VOCABULARY)
+
+
+@pytest.mark.parametrize("tokenizer", SIZES, ids=lambda config: type(config).__name__)
 def test_what_is_prepared_is_what_is_read(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("tok.json").write_bytes(Bpe(vocab_size=310).learn(LEARNED))
+    write_files()
     texts = write_text(tmp_path / "text")
     config = TextFiles(paths="text", tokenizer=tokenizer, split="8,1,1")
     assert not list(config.check()) and not config.is_prepared()
@@ -62,7 +94,13 @@ def test_what_is_prepared_is_what_is_read(tokenizer, tmp_path: Path, monkeypatch
     assert config.is_prepared()
     config.verify()
     corpus = config.load()
-    assert corpus.vocab_size == config.vocab_size == {Bytes: 257, Bpe: 300, TokenizerFile: 310}[type(tokenizer)]
+    assert corpus.vocab_size == config.vocab_size == SIZES[tokenizer]
+    copies = {path.name for path in config.prepared_folder().iterdir()} & {
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.txt",
+    }
+    assert copies == ({tokenizer.copy_name} if isinstance(tokenizer, Defined) else set())
     found = {name: corpus.decode(split.tokens_N).splitlines() for name, split in corpus.splits.items()}
     assert {name: len(lines) for name, lines in found.items()} == {"train": 96, "validation": 12, "test": 12}
     assert sorted(line for lines in found.values() for line in lines) == sorted(texts)
@@ -89,18 +127,38 @@ def test_who_joins_documents_reads_the_same_shards(config: TextFiles) -> None:
     assert joined.load().train(0, [0], 64)["segments"].max() == 1 < config.load().train(0, [0], 512)["segments"].max()
 
 
-def test_shards_do_without_the_text_and_the_tokenizers_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FILES = [config for config in SIZES if isinstance(config, Given)]
+
+
+@pytest.mark.parametrize("tokenizer", FILES, ids=lambda config: type(config).__name__)
+def test_shards_do_without_the_text_and_the_tokenizers_file(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "text")
-    Path("tok.json").write_bytes(unigram())
-    config = TextFiles(paths="text", tokenizer=TokenizerFile(path="tok.json"))
+    write_files()
+    config = TextFiles(paths="text", tokenizer=tokenizer)
     config.prepare(lambda line: None)
     before = config.load()
     shutil.rmtree("text")
-    Path("tok.json").unlink()
-    assert not list(config.check()) and config.vocab_size == 99
+    Path(tokenizer.path).unlink()
+    assert not list(config.check()) and config.vocab_size == SIZES[tokenizer]
     assert config.load().digest == before.digest
     config.verify()
+
+
+def test_a_folder_that_gets_another_tokenizer_keeps_no_old_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    write_files()
+    for tokenizer in [*FILES, Bytes()]:
+        config = TextFiles(paths="text", tokenizer=tokenizer, folder="shards")
+        config.prepare(lambda line: None)
+        others = {"tokenizer.json", "tokenizer.model", "vocab.txt"} - {getattr(tokenizer, "copy_name", None)}
+        assert others.isdisjoint(path.name for path in Path("shards").iterdir())
+        config.verify()
 
 
 def test_before_it_is_prepared_it_says_what_to_type(tmp_path: Path) -> None:
@@ -170,6 +228,59 @@ def test_a_changed_tokenizer_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config.load().digest != digest
     Path(config.prepared_folder(), "tokenizer.json").write_bytes(unigram())
     refused(config, r"tokenizer\.json is not the tokenizer of the shards")
+
+
+@pytest.mark.parametrize("tokenizer", FILES, ids=lambda config: type(config).__name__)
+def test_another_tokenizer_beside_the_shards_or_where_it_came_from_is_refused(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    write_files()
+    config = TextFiles(paths="text", tokenizer=tokenizer)
+    config.prepare(lambda line: None)
+    other = {
+        TokenizerFile: Bpe(vocab_size=310).learn([text.replace("fox", "cat") for text in LEARNED]),
+        SentencePieceFile: SentencePiece(vocab_size=330, kind="bpe").learn(write_text(tmp_path / "more")),
+        WordPieceFile: VOCABULARY.replace("fox", "cat").encode(),
+    }[type(tokenizer)]
+    original = Path(tokenizer.path)
+    before = original.read_bytes()
+    original.write_bytes(other)
+    assert config.vocab_size == SIZES[tokenizer]  # nothing but the hash tells them apart
+    refused(config, rf"{tokenizer.path} has changed since the shards in .* were written")
+    original.write_bytes(before)
+    (config.prepared_folder() / tokenizer.copy_name).write_bytes(other)
+    refused(config, rf"{tokenizer.copy_name} is not the tokenizer of the shards beside it\.")
+
+
+@pytest.mark.parametrize(
+    ("most", "said"),
+    [(10**6, "the training text"), (3000, "0 MB of the training text, spread over it")],
+)
+def test_a_tokenizer_learns_from_all_parts_of_the_training_text_alone(
+    most: int, said: str, config: TextFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def learn(tokenizer: Bpe, texts, whole=Bpe.learn) -> bytes:
+        seen.extend(texts)
+        return whole(tokenizer, seen)
+
+    corpus = config.load()
+    train = corpus.decode(corpus.splits["train"].tokens_N).splitlines()
+    monkeypatch.setattr(Bpe, "learn", learn)
+    monkeypatch.setattr(Bpe, "training_bytes", lambda self: most)
+    lines: list[str] = []
+    dataclasses.replace(config, tokenizer=Bpe(vocab_size=270), folder="other").prepare(lines.append)
+    assert f"learning 270 tokens from {said}" in lines
+    if most == 10**6:
+        assert seen == train
+        return
+    assert len("".join(seen)) <= most < len("".join(train)) / 3
+    places = [next(i for i, text in enumerate(train) if text.startswith(part)) for part in seen]  # the last one is cut
+    assert places == sorted(places)
+    assert all(sum(third <= place < third + 32 for place in places) > 4 for third in (0, 32, 64))
 
 
 def test_the_digest_is_of_the_tokens(config: TextFiles) -> None:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import Bpe, Bytes, TokenizerFile
@@ -57,6 +59,27 @@ def test_texts_come_back(text: str, bpe: bytes) -> None:
         assert tokenizer.encode_batch([text.encode()] * 2)[1].tolist() == tokens
         end = tokenizer.end_of_document
         assert tokenizer.decode([*tokens, end, *tokens, end]) == f"{text}\n{text}\n"
+
+
+@hypothesis.given(st.text() | st.text("<|endoftext|>\u0120 \n"))
+def test_any_text_comes_back(bpe: bytes, text: str) -> None:
+    tokenizer = JsonTokenizer(bpe)
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text.encode(errors="replace").decode()
+    assert tokenizer.end_of_document not in tokens
+
+
+def test_special_tokens_by_name(bpe: bytes) -> None:
+    added = [{"content": text} | FLAGS for text in ("<|endoftext|>", "[MASK]", "<extra_id_7>", "<fim_middle>", "<sep>")]
+    added = [token | {"id": 300 * (i > 0) + i, "special": i < 4} for i, token in enumerate(added)]
+    tokenizer = JsonTokenizer(changed(bpe, added_tokens=added))
+    names = ["mask", "sentinel_7", "fim_middle", "sep", "cls", "sentinel_0"]
+    assert [tokenizer.special(name) for name in names] == [301, 302, 303, None, None, None]
+    assert {301, 302, 303}.isdisjoint(tokenizer.encode("[MASK]<extra_id_7> <fim_middle>"))
+    assert ByteTokenizer().special("mask") is None
+    for either in tokenizer, ByteTokenizer():
+        with pytest.raises(KeyError):
+            either.special("msak")
 
 
 def test_a_learned_bpe_is_a_bpe(bpe: bytes) -> None:

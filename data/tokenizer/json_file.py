@@ -1,10 +1,5 @@
-"""Text to tokens and back: bytes, a byte-level BPE trained here, or any tokenizer.json of Hugging Face's format.
+"""Tokenizers of Hugging Face's format, tokenizer.json: any that there is, and a byte-level BPE learned here."""
 
-A tokenizer gives every document's text as plain text: `<|endoftext|>` typed in a web page never becomes the end
-of a document, which only the writer of a stream adds.
-"""
-
-import functools
 import hashlib
 import itertools
 import json
@@ -12,58 +7,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-ENDS_OF_DOCUMENT = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eot_id|>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-)
-"""Names that published tokenizers give to it, in the order of trust."""
-BPE_TRAINING_BYTES = 64_000_000
-"""Text that a BPE learns from, the first of the training split: more changes few merges and needs more memory."""
-
-
-class Tokenizer(Protocol):
-    """What a corpus needs. `digest` is a SHA-256 of all that decides which tokens a text has."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def end_of_document(self) -> int: ...
-    @property
-    def digest(self) -> str: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, documents: Iterable[bytes]) -> list[np.ndarray]: ...
-    def decode(self, tokens: Iterable[int]) -> str: ...
-
-
-@dataclass(frozen=True)
-class ByteTokenizer:
-    """The 256 bytes of UTF-8, and the end of document."""
-
-    end_of_document: int = 256
-    vocab_size: int = 257
-    digest: str = hashlib.sha256(b"mtx bytes, end of document 256").hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without an end of document; lone surrogates become "?"."""
-        return list(text.encode(errors="replace"))
-
-    def encode_batch(self, documents: Iterable[bytes]) -> list[np.ndarray]:
-        """The same of UTF-8 texts, as arrays."""
-        return [np.frombuffer(text, np.uint8).astype(np.uint16) for text in documents]
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Text of tokens, ends of documents as newlines, what is not UTF-8 as U+FFFD. Raises: ValueError."""
-        tokens = _within(tokens, self.vocab_size)
-        text = bytes(ord("\n") if token == self.end_of_document else token for token in tokens)
-        return text.decode(errors="replace")
+from data.tokenizer.interface import ENDS_OF_DOCUMENT, Given, Learned, by_document, spellings, too_many
 
 
 class JsonTokenizer:
@@ -89,10 +37,14 @@ class JsonTokenizer:
             raise ValueError(f"is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}") from error
         self._tokenizer.encode_special_tokens = True  # as plain text
         added: list[dict[str, Any]] = parsed["added_tokens"]
-        special = {str(token["content"]): int(token["id"]) for token in added if token["special"]}
+        self._special = {str(token["content"]): int(token["id"]) for token in added if token["special"]}
         unknown = parsed["model"].get("unk_token")
-        self._special = np.array([number for text, number in special.items() if text != unknown])
-        self._literal = re.compile("|".join(re.escape(text) for text in sorted(special, key=len, reverse=True)))
+        self._never = np.array([number for text, number in self._special.items() if text != unknown])
+        self._literal = re.compile("|".join(re.escape(text) for text in sorted(self._special, key=len, reverse=True)))
+
+    def special(self, name: str) -> int | None:
+        """See `Tokenizer`."""
+        return next((self._special[text] for text in spellings(name) if text in self._special), None)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without an end of document; lone surrogates become "?"."""
@@ -103,19 +55,14 @@ class JsonTokenizer:
         texts = [document.decode() for document in documents]
         encoded = self._encode(texts)
         return [
-            self._as_plain_text(text) if np.isin(tokens, self._special).any() else tokens
+            self._as_plain_text(text) if np.isin(tokens, self._never).any() else tokens
             for text, tokens in zip(texts, encoded, strict=True)
         ]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of tokens, ends of documents as newlines, what is not UTF-8 as U+FFFD. Raises: ValueError."""
-        documents: list[list[int]] = [[]]
-        for token in _within(tokens, self.vocab_size):
-            if token == self.end_of_document:
-                documents.append([])
-            else:
-                documents[-1].append(token)
-        return "\n".join(self._tokenizer.decode(part, skip_special_tokens=False) for part in documents)
+        parts = by_document(tokens, self)
+        return "\n".join(self._tokenizer.decode(part, skip_special_tokens=False) for part in parts)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         try:
@@ -138,18 +85,10 @@ class JsonTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bytes:
-    """Bytes as tokens: nothing to train, any text."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        return ByteTokenizer.vocab_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bpe:
+class Bpe(Learned):
     """Byte-level BPE learned from the training text, with `<|endoftext|>` as end of document."""
+
+    copy_name = "tokenizer.json"
 
     vocab_size: int = 8192
     """Number of tokens, the end of document and the 256 bytes included."""
@@ -158,6 +97,10 @@ class Bpe:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""
         if self.vocab_size < 257:
             yield "vocab_size", "must be at least 257: 256 bytes and the end of document; try 8192"
+
+    def read(self, definition: bytes) -> JsonTokenizer:
+        """See `Defined`."""
+        return JsonTokenizer(definition)
 
     def learn(self, texts: Iterable[str]) -> bytes:
         """The tokenizer.json for these texts. Raises: ValueError if they do not hold so many tokens."""
@@ -176,47 +119,34 @@ class Bpe:
         tokenizer.train_from_iterator(texts, trainer=trainer)
         reached = tokenizer.get_vocab_size()
         if reached < self.vocab_size:
-            raise ValueError(
-                f"data.tokenizer.vocab_size={self.vocab_size} is more than the {reached} tokens that the training "
-                f"text yields; try data.tokenizer.vocab_size={reached} or less, or more text."
-            )
+            raise too_many(self.vocab_size, reached, 257)
         return tokenizer.to_str(pretty=True).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerFile:
+class TokenizerFile(Given):
     """A tokenizer.json, as `tokenizers` and Hugging Face models save it."""
+
+    copy_name = "tokenizer.json"
 
     path: str
     """The file. It is copied to the shards, so that who trains needs it no more."""
     end_of_document: str | None = None
     """Which of its added tokens ends a document; None: <|endoftext|>, </s> or another usual one."""
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest token's number. Raises: ValueError that names the file."""
-        return self.size_of(Path(self.path))
+    def original(self) -> Path:
+        """See `Given`."""
+        return Path(self.path)
 
-    def size_of(self, path: Path) -> int:
-        """The same of a copy. Raises: ValueError that names the file."""
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-        return _size_and_check(str(path), self.end_of_document, status.st_mtime_ns, status.st_size)
+    def read(self, definition: bytes) -> JsonTokenizer:
+        """See `Defined`."""
+        return JsonTokenizer(definition, self.end_of_document)
 
-
-@functools.lru_cache(maxsize=8)
-def _size_and_check(path: str, end_of_document: str | None, mtime_ns: int, bytes: int) -> int:
-    """The last two say whether the file is the one that was read before: parsing takes up to a second."""
-    try:
-        parsed = _parse(Path(path).read_bytes())
-        _end_of_document(parsed, end_of_document)
+    def measure(self, definition: bytes) -> int:
+        """One more than the largest token's number. See `Given`."""
+        parsed = _parse(definition)
+        _end_of_document(parsed, self.end_of_document)
         return _vocab_size(parsed)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
 
 
 def _parse(definition: bytes) -> dict[str, Any]:
@@ -254,10 +184,3 @@ def _end_of_document(parsed: dict[str, Any], name: str | None) -> tuple[str, int
             "data.tokenizer.end_of_document=..."
         )
     return known[0], added[known[0]]
-
-
-def _within(tokens: Iterable[int], vocab_size: int) -> list[int]:
-    tokens = [int(token) for token in tokens]
-    if any(not 0 <= token < vocab_size for token in tokens):
-        raise ValueError(f"tokens to decode must lie in 0..{vocab_size - 1}.")
-    return tokens
