@@ -64,6 +64,7 @@ def test_a_signal_to_one_of_two_stops_both(one: Path, two: Path, tmp_path: Path,
         check_close(tmp_path, one)
 
 
+@pytest.mark.slow
 def test_saved_by_one_resumed_by_two(one: Path, tmp_path: Path):
     child = runs.begin(tmp_path, "--devices", "8", *MESH)
     runs.at_step(tmp_path, child, 6)

@@ -44,8 +44,11 @@ def losses(workdir: Path) -> list[float]:
     "words",
     [
         ["--devices", "8", "mesh.data=4", "mesh.model=2", "layout.zero=3", "layout.sequence_parallel=true"],
-        ["--devices", "8", "mesh.replica=2", "mesh.data=2", "mesh.model=2", "layout.zero=1", "partition=Compiled"],
-        ["--devices", "2", "mesh.data=2", "layout.zero=2", "batch.micro_size=1"],
+        pytest.param(
+            ["--devices", "8", "mesh.replica=2", "mesh.data=2", "mesh.model=2", "layout.zero=1", "partition=Compiled"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--devices", "2", "mesh.data=2", "layout.zero=2", "batch.micro_size=1"], marks=pytest.mark.slow),
     ],
     ids=["manual", "compiled", "accumulated"],
 )
@@ -56,6 +59,7 @@ def test_goes_on_on_another_mesh(nine: Path, whole: Path, words: list[str]):
     assert losses(nine)[:9] == losses(whole)[:9]
 
 
+@pytest.mark.slow
 def test_from_eight_devices_to_one_with_the_optimizer(tmp_path: Path, whole: Path):
     words = ["mesh.data=2", "mesh.model=4", "layout.zero=2"]
     child = runs.begin(tmp_path, "--devices", "8", *words)
@@ -81,7 +85,7 @@ def pipelined(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "words",
     [
-        ["--devices", "1", "mesh.pipeline=1", "mesh.data=1"],
+        pytest.param(["--devices", "1", "mesh.pipeline=1", "mesh.data=1"], marks=pytest.mark.slow),
         ["--devices", "8", "mesh.pipeline=2", "mesh.model=2", "pipeline=Interleaved", "layout.zero=3"],
         pytest.param(["--devices", "8", "mesh.pipeline=1", "mesh.data=8"], marks=pytest.mark.slow),
     ],
@@ -133,6 +137,7 @@ def test_an_empty_integer_folder_is_named(nine: Path):
     assert "step 11 is skipped: the folder is empty" in runs.train(nine, "--devices", "1", "steps=10")
 
 
+@pytest.mark.slow
 def test_a_run_without_checkpoints_moves_aside(tmp_path: Path):
     for _ in range(2):
         runs.train(tmp_path, "--devices", "1", "checkpoints=None", "steps=2")
@@ -158,7 +163,11 @@ def test_a_change_is_printed_and_goes_on(nine: Path):
 
 
 @pytest.mark.parametrize(
-    "word", ["model.dropout=0.2", pytest.param("data.validation_fraction=0.1", marks=pytest.mark.slow), "seed=1"]
+    "word",
+    [
+        "model.dropout=0.2",
+        *(pytest.param(word, marks=pytest.mark.slow) for word in ("data.validation_fraction=0.1", "seed=1")),
+    ],
 )
 def test_what_changes_the_meaning_is_refused_unless_said(nine: Path, word: str):
     path, _, new = word.partition("=")

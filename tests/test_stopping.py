@@ -63,6 +63,7 @@ def test_a_signal_while_it_compiles_ends_it_at_once(whole: Path, tmp_path: Path)
     check_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_save_is_under_way(whole: Path, tmp_path: Path):
     child = runs.begin(tmp_path, "checkpoints.every_steps=1")
     runs.wait_for(
@@ -74,6 +75,7 @@ def test_a_signal_while_a_save_is_under_way(whole: Path, tmp_path: Path):
     check_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_stop_within_an_evaluation_repeats_it(tmp_path: Path, whole: Path):
     child = runs.begin(tmp_path, "eval_sequences=0", "eval_every=3", "steps=6", "checkpoints.every_steps=0")
     runs.at_step(tmp_path, child, 3)  # step 3's row is written, its evaluation of hundreds of batches follows
@@ -121,6 +123,7 @@ def test_the_clock_stops_it_too(tmp_path: Path):
     assert "the same command goes on" in said
 
 
+@pytest.mark.slow
 def test_minutes_between_saves(tmp_path: Path):
     child = runs.begin(tmp_path, "steps=100000", "checkpoints.every_steps=0", "checkpoints.every_minutes=0.02")
     runs.wait_for(tmp_path, child, lambda: len(list(tmp_path.glob("checkpoints/*/manifest.json"))) >= 2)
@@ -137,6 +140,7 @@ def test_too_many_steps_that_are_not_finite_end_it(tmp_path: Path):
     assert max((int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")), default=0) <= 6
 
 
+@pytest.mark.slow
 def test_while_the_data_are_prepared_the_child_goes_too(tmp_path: Path):
     (tmp_path / "a.txt").write_text("".join(f"Line {i} has number {i * i}.\n\n" for i in range(60_000)))
     words = ["data=TextFiles", f"data.paths={tmp_path}/a.txt", f"data.folder={tmp_path}/shards"]

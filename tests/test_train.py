@@ -93,7 +93,10 @@ def sample(text: str) -> str:
     "words",
     [
         ["mesh.data=4", "mesh.model=2", "layout.zero=3", "layout.sequence_parallel=true", "batch.micro_size=1"],
-        ["mesh.replica=2", "mesh.data=2", "mesh.model=2", "layout.zero=2", "partition=Compiled"],
+        pytest.param(
+            ["mesh.replica=2", "mesh.data=2", "mesh.model=2", "layout.zero=2", "partition=Compiled"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["manual", "compiled"],
 )
