@@ -574,9 +574,9 @@ def test_a_pattern_that_ends_before_the_sequence_is_refused():
 @pytest.mark.parametrize(
     ("mesh", "how"),
     [
-        ((1, 2, 4), {"zero": 1}),
+        pytest.param((1, 2, 4), {"zero": 1}, marks=pytest.mark.slow),
         ((2, 2, 2), {"zero": 3, "sequence_parallel": True}),
-        ((1, 4, 2), {"zero": 2, "partition": Compiled()}),
+        pytest.param((1, 4, 2), {"zero": 2, "partition": Compiled()}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

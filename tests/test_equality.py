@@ -184,8 +184,17 @@ def three_steps(case: Case | None, model: str, dropout: bool, optimizer: str) ->
     return jax.tree.map(np.asarray, state.params), rows
 
 
-@pytest.mark.parametrize("optimizer", STEPS)
-@pytest.mark.parametrize("case", STEP_CASES, ids=str)
+STEP_DEFAULT = [(case, name) for i, case in enumerate(STEP_CASES) for name in [list(STEPS)[i % 2]]]
+
+
+@pytest.mark.parametrize(
+    ("case", "optimizer"),
+    [
+        pytest.param(case, name, marks=() if (case, name) in STEP_DEFAULT else pytest.mark.slow, id=f"{case}-{name}")
+        for case in STEP_CASES
+        for name in STEPS
+    ],
+)
 def test_three_steps(case: Case, optimizer: str):
     found, rows = three_steps(case, case.model, case.dropout, optimizer)
     wanted, wanted_rows = three_steps(None, case.model, case.dropout, optimizer)

@@ -77,7 +77,7 @@ CASES = {
 }
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(**CASES)
 def test_lowered_is_as_defined(mask, T, S, explicit, seed):
     one = bound(mask, T, S or T, explicit, np.random.default_rng(seed))

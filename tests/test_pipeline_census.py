@@ -179,7 +179,9 @@ def test_controls(monkeypatch: pytest.MonkeyPatch):
 # What is held.
 
 
-@pytest.mark.parametrize("remat", ["stage", "full", "none"])
+@pytest.mark.parametrize(
+    "remat", [pytest.param("stage", marks=pytest.mark.slow), "full", pytest.param("none", marks=pytest.mark.slow)]
+)
 def test_1f1b_holds_as_much_for_many_microbatches_as_for_few(remat: str):
     few, many = pipeline(remat=remat), pipeline(remat=remat, microbatches=4 * M)
     assert many.temporary == pytest.approx(few.temporary, rel=0.05)

@@ -82,7 +82,8 @@ def whole_matrix() -> list[Case]:
 
 
 MATRIX = whole_matrix()
-DEFAULT = test_equality.pairwise(MATRIX)
+DEFAULT = test_equality.pairwise([case for case in MATRIX if case.mesh in ((2, 2, 2), (4, 2, 1), (8, 1, 1))])
+"""Every pair on three of the meshes."""
 
 
 @functools.cache
@@ -116,7 +117,7 @@ def test_gradients_whole_matrix(case: Case):
 
 def test_the_matrix_is_whole():
     assert len(MATRIX) == len(set(MATRIX)) == 672
-    assert {case.mesh for case in DEFAULT} == set(MESHES)
+    assert {case.schedule for case in DEFAULT} == set(range(len(SCHEDULES)))
     assert {(case.remat, case.vocabulary, case.layers) for case in MATRIX} == {
         *itertools.product(REMAT, VOCABULARY, LAYERS)
     }
