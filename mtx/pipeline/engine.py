@@ -132,7 +132,7 @@ class _Run:
         return Carry(
             stash=self.empty(table.stash_slots),
             gradients=self.empty(table.gradient_slots),
-            sent=jnp.zeros(self.x_shape.shape, self.x_shape.dtype),
+            sent=self._nothing(),
             kept=buffers(table.kept_slots, self.form.kept),
             outputs=self.empty(table.output_slots),
             waiting=buffers(table.weight_slots, self.split.left if table.weight_slots else []),
@@ -235,7 +235,7 @@ class _Run:
 
         return carry._replace(ends=lax.cond(place.is_first, run, lambda: carry.ends))
 
-    def _plus(self, ends: Params, used: "Used", found: list[jax.Array]) -> Params:
+    def _plus(self, ends: Params, used: Used, found: list[jax.Array]) -> Params:
         weights = used.take(self.engine.weights["ends"])
         found = [self.engine.scatter(w, g).astype(jnp.float32) for w, g in zip(weights, found, strict=True)]
         return used.put(ends, [old + new for old, new in zip(used.take(ends), found, strict=True)])
@@ -244,7 +244,7 @@ class _Run:
         return lax.cond(place.is_first, lambda: self.parts.embed(self.ends, feed), lambda: _read(stash, slot))
 
     def _nothing(self) -> jax.Array:
-        return jnp.zeros(self.x_shape.shape, self.x_shape.dtype)
+        return zeros_of(self.x_shape)
 
     # The layers of a virtual stage.
 
@@ -299,16 +299,19 @@ class _Run:
         self, weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array
     ) -> tuple[jax.Array, list[jax.Array]]:
         """A layer's result and the residuals of its vjp, but for the weights among them."""
-        y_BTD, vjp = jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
+        y_BTD, vjp = self._vjp(weights, x_BTD, feed, number)
         return y_BTD, Form.of(vjp, weights).without(vjp)
 
+    def _vjp(self, weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array) -> tuple[jax.Array, Any]:
+        return jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
+
     @cached_property
-    def form(self) -> "Form":
+    def form(self) -> Form:
         """What a layer's vjp is made of."""
         found: list[Form] = []
 
         def trace(weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array) -> list[jax.Array]:
-            _, vjp = jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
+            _, vjp = self._vjp(weights, x_BTD, feed, number)
             found.append(Form.of(vjp, weights))
             return found[0].without(vjp)
 
@@ -365,7 +368,7 @@ class _Run:
         return carry._replace(layers=lax.cond(_is_job(row.w_mb, count), run, lambda: carry.layers))
 
     @cached_property
-    def split(self) -> "Split":
+    def split(self) -> Split:
         """A layer's backward pass in its two halves."""
 
         def back(weights: list[jax.Array], rest: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -380,7 +383,7 @@ class _Run:
 
     def _add(self, sums: Params, found: list[jax.Array | None], row: jax.Array) -> Params:
         """Sums of stacked gradients with one layer's; None leaves a weight's as it is."""
-        weights = jax.tree.leaves(self.engine.weights["layers"], is_leaf=lambda x: isinstance(x, Weight))
+        weights = jax.tree.leaves(self.engine.weights["layers"])
         old, structure = jax.tree.flatten(sums)
 
         def one(weight: Weight, total: jax.Array, gradient: jax.Array | None) -> jax.Array:

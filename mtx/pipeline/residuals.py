@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtx.layout import Weight
 from mtx.pipeline.split import Halves
 from mtx.spmd import Params
 
@@ -51,7 +50,7 @@ class Used(NamedTuple):
     flags: tuple[bool, ...]
 
     def take(self, tree: Any) -> list[Any]:
-        leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Weight))
+        leaves = jax.tree.leaves(tree)
         return [leaf for leaf, used in zip(leaves, self.flags, strict=True) if used]
 
     def put(self, tree: Any, some: list[Any]) -> Any:
