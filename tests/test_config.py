@@ -23,6 +23,7 @@ from mtx.layout import Layout, Row
 from mtx.mesh import MeshConfig
 from mtx.model import Transformer
 from mtx.optim import AdamW, Cosine, Fraction, Linear, Lion, Sgd, Steps, Tokens
+from mtx.pipeline import OneFOneB
 from mtx.spmd import Compiled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1159,3 +1160,10 @@ def test_types_that_a_file_can_get_wrong():
     assert schema.expected(schema.fields(Config)["checkpoints"].annotation) == "a Checkpoints or None"
     assert schema.show(AdamW(b1=0.5)) == "AdamW(b1=0.5)"
     assert schema.show(Gelu(width=3)) == "Gelu(width=3)"
+
+
+def test_a_count_of_microbatches_that_a_schedule_cannot_take(load, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(OneFOneB, "fits", lambda self, stages, microbatches: microbatches % stages == 0)
+    config = load("mesh.data=1 mesh.pipeline=2 batch.global_size=6 batch.micro_size=2").config
+    with pytest.raises(ConfigError, match=r"cannot take the 3 microbatches .*; try batch.global_size=4 or 8, or an"):
+        configs.check(config, 2)
