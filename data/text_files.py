@@ -15,6 +15,7 @@ from pathlib import Path
 from data import manifest as manifests
 from data import shards, sources
 from data.corpus import Corpus, Split, digest
+from data.index import open_index
 from data.manifest import Manifest
 from data.records import Limits
 from data.tokenizer import AnyTokenizer, Bytes, ByteTokenizer, Given, Tokenizer, read_file
@@ -57,9 +58,6 @@ class TextFiles:
     hash of its text decides where a document goes, so that copies fall on one side."""
     bad_records: Fail | Skip = Fail()
     """What happens at a record that cannot be used."""
-    isolate_documents: bool = True
-    """Packed documents: positions restart and attention stays inside a document. False: GPT-2's recipe, where
-    both cross."""
     cut_text_bytes: int = 16384
     """Plain text is cut into documents behind the first blank line after so many bytes (behind a line, if there is
     none for as many again); 0: each file is one document."""
@@ -129,8 +127,7 @@ class TextFiles:
 
     def recipe(self) -> dict:
         """What decides the shards, as plain data."""
-        elsewhere = ("isolate_documents", "folder")
-        return {name: value for name, value in manifests.plain(self).items() if name not in elsewhere}
+        return {name: value for name, value in manifests.plain(self).items() if name != "folder"}
 
     def prepared_folder(self) -> Path:
         """Where the shards are, or will be."""
@@ -176,16 +173,7 @@ class TextFiles:
         folder, manifest = self.prepared_folder(), self.manifest()
         try:
             tokenizer = self._tokenizer(folder, manifest)
-            splits = {
-                name: Split(
-                    tokens_N=shards.open_tokens(folder, name, shard),
-                    documents=shard.documents,
-                    bytes=shard.bytes,
-                    end_of_document=manifest.end_of_document,
-                    isolate_documents=self.isolate_documents,
-                )
-                for name, shard in manifest.splits.items()
-            }
+            splits = {name: _split(folder, name, shard) for name, shard in manifest.splits.items()}
         except ValueError as error:
             raise ValueError(f"{error} Damaged or replaced: {AGAIN} to write it again.") from error
         return Corpus(
@@ -215,6 +203,12 @@ class TextFiles:
             if read_file(self.tokenizer, original).digest != manifest.tokenizer:
                 raise ValueError(f"{original} has changed since the shards in {folder} were written.")
         return tokenizer
+
+
+def _split(folder: Path, name: str, shard: shards.Shard) -> Split:
+    tokens_N = shards.open_tokens(folder, name, shard)
+    index = open_index(folder / f"{name}.idx", scan=False)
+    return Split(tokens_N=tokens_N, lengths_S=index.lengths_S, documents_D=index.documents_D, bytes=shard.bytes)
 
 
 def _check_sources(paths: str, manifest: Manifest) -> None:
