@@ -1,11 +1,12 @@
 """Text to tokens to batches. A leaf: it imports nothing of ours, and no JAX.
 
 A source is a frozen config with `check()`, `tokenizer`, `vocab_size`, `is_prepared()` and `load() -> Corpus`; one that
-must be prepared has `prepare(progress)` too. A `Loader` makes batches of what was loaded, for an objective and a way of
-packing: dicts of numpy arrays that depend on nothing but these, the seed, the text and the numbers of the samples.
+must be prepared is a `Prepared`, with `prepare(progress)` too. A `Loader` makes batches of what was loaded, for an
+objective and a way of packing: dicts of numpy arrays that depend on nothing but these, the seed, the text and the
+numbers of the samples.
 """
 
-from data.blended import Blend, Blended, Phase, Weighted
+from data.blended import Blend, Blended, Phase, Weighted, sources_of
 from data.corpus import Corpus, Split
 from data.loader import Loader, Origin, Text
 from data.objectives import (
@@ -22,10 +23,11 @@ from data.objectives import (
     WindowObjective,
 )
 from data.packing import Batch, BestFit, Concatenate
+from data.prepared import Fail, Prepared, Skip
 from data.python_docs import PythonDocs
 from data.rows import Pick, Rows
 from data.specials import lacking
-from data.text_files import Fail, Skip, TextFiles
+from data.text_files import TextFiles
 from data.tokenizer import (
     Bpe,
     Bytes,
@@ -60,6 +62,7 @@ __all__ = [
     "Phase",
     "Pick",
     "PrefixLm",
+    "Prepared",
     "PythonDocs",
     "Rows",
     "SentencePairs",
@@ -76,4 +79,5 @@ __all__ = [
     "WordPiece",
     "WordPieceFile",
     "lacking",
+    "sources_of",
 ]

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,21 +94,18 @@ class Blend:
         """Whether `load` will do."""
         return all(source.data.is_prepared() for source in self.sources)
 
-    def prepare(self, progress: Callable[[str], None]) -> None:
-        """Prepares each source that needs it. Raises: ValueError that names the source."""
-        for source in self.sources:
-            if isinstance(source.data, TextFiles):
-                progress(f"source {source.name}")
-                with _named(source.name):
-                    source.data.prepare(progress)
-
     def load(self) -> "Blended":
         """Opens all sources. Raises: ValueError that names the source."""
         found: dict[str, Corpus] = {}
         for source in self.sources:
-            with _named(source.name):
+            with named(source.name):
                 found[source.name] = source.data.load()
         return Blended(self, found)
+
+
+def sources_of(config: Source | Blend) -> Mapping[str, Source]:
+    """The sources of a config's data by name; one without a name where it is no blend."""
+    return {source.name: source.data for source in config.sources} if isinstance(config, Blend) else {"": config}
 
 
 class Blended:
@@ -166,9 +163,9 @@ class Blended:
 
 
 @contextlib.contextmanager
-def _named(source: str) -> Iterator[None]:
-    """Errors get the source's name."""
+def named(source: str) -> Iterator[None]:
+    """Errors get the source's name, if it has one."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"source {source}: {error}") from error
+        raise ValueError(f"source {source}: {error}" if source else str(error)) from error

@@ -327,7 +327,7 @@ def test_a_flipped_bit_is_found_by_verify_and_mended_by_prepare(config: TextFile
         (lambda text: text[:-20], "is no manifest of prepared text"),
         (lambda text: "[]", "is no manifest of prepared text"),
         (lambda text: '{"a": 1}', "is no manifest of prepared text"),
-        (lambda text: text.replace("text 1", "text 2"), "has the format 'mtx prepared text 2'; this program reads"),
+        (lambda text: text.replace("text 2", "text 3"), "has the format 'mtx prepared text 3'; this program reads"),
     ],
 )
 def test_a_damaged_manifest_is_named(change, message: str, config: TextFiles) -> None:
@@ -346,7 +346,7 @@ def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
     folder = config.prepared_folder()
     manifest = Manifest.read(folder)
     for source in manifest.sources:
-        raw = Path(source.path).read_bytes()
+        raw = Path(source.name).read_bytes()
         assert source.sha256 == hashlib.sha256(raw).hexdigest()
         assert (source.bytes, source.documents, source.empty, source.bad) == (len(raw), 40, 0, {})
     assert list(manifest.splits) == ["train", "validation", "test"]
@@ -401,7 +401,7 @@ def test_loading_needs_no_heavy_package_and_little_time(config: TextFiles) -> No
     folder = config.prepared_folder()
     writer = Writer(folder, "train", "uint16", 256)
     for tokens in [np.arange(3)] * 300_000:
-        writer.add(tokens, 3)
+        writer.add([tokens], 3)
     splits = Manifest.read(folder).splits | {"train": writer.finish()}
     writer.publish()
     dataclasses.replace(Manifest.read(folder), splits=splits).write(folder)
