@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from data import BestFit, CausalLm, Completion, SentencePairs, WindowObjective, lacking
+from data import BestFit, CausalLm, SentencePairs, WindowObjective, lacking
 from mtx import attention
 from mtx.config import schema
 from mtx.config.overrides import raise_all, sentence
@@ -262,6 +262,8 @@ def _rows(case: _Case) -> Iterator[str]:
     name, length = type(config.objective).__name__, config.batch.sequence_length
     if isinstance(config.packing, BestFit) and not isinstance(config.objective, CausalLm):
         yield f"packing=BestFit goes with objective=CausalLm, not {name}; try packing=Concatenate."
+    if isinstance(config.objective, SentencePairs):
+        yield "objective=SentencePairs makes pairs and labels, and no model here has a head for them; try MaskedLm."
     try:
         config.objective.sentinels(length)
         if isinstance(config.objective, WindowObjective):
@@ -273,8 +275,6 @@ def _rows(case: _Case) -> Iterator[str]:
             f"length_warmup.lengths ends at {warmup.lengths[-1]}, and batch.sequence_length={length}; the last must be "
             f"the whole row: try batch.sequence_length={warmup.lengths[-1]}."
         )
-    if config.curriculum is not None and isinstance(config.objective, SentencePairs | Completion):
-        yield f"curriculum does not go with objective={name}, whose rows are made of pairs; try curriculum=None."
 
 
 def _split_sizes(config: Config) -> dict[str, int]:

@@ -50,9 +50,16 @@ def flat(dumped: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {prefix: dumped[CLASS]} if prefix else {}
     for name, value in dumped.items():
         if name != CLASS:
-            here = join(prefix, name)
-            found |= flat(value, here) if isinstance(value, Mapping) else {here: value}
+            found |= _flat(value, join(prefix, name))
     return found
+
+
+def _flat(value: Any, here: str) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return flat(value, here)
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return {path: x for i, item in enumerate(value) for path, x in flat(item, f"{here}[{i}]").items()}
+    return {here: value}
 
 
 def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[tuple[str, str, str]]:

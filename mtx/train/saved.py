@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ FOLDER = "checkpoints"
 EARLIER = "earlier"
 FREE = ("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths")
 """Fields below `MEANING` that change how things are computed or where they lie, not what they are."""
+PHASES = "data.phases"
 MEANING = ("model", "data", "objective", "packing", "curriculum", "batch.sequence_length", "seed", "precision.params")
 """What a model and its data are. What they hold is compared by digests besides."""
 
@@ -137,7 +139,9 @@ def refuse_changes(found: Found, config: Config, corpus: Text, accept_changes: b
                 f"the optimizer changed ({old} -> {new}), and the state of one means nothing to the other; start a new "
                 "run from the weights: init_from= this folder, and another workdir=."
             )
-    wrong = [f"{path}: {old} -> {new}" for path, old, new in changed if _means(path)]
+    later = _only_later_phases(about, config)
+    wrong = [f"{path}: {old} -> {new}" for path, old, new in changed if _means(path) and not (later and PHASES in path)]
+    weights = any(path.startswith("data.sources[") and path.endswith(".weight") for path, _, _ in changed)
     for name, now in (("data", corpus.digest), ("tokenizer", corpus.tokenizer.digest)):
         if about[name] != now:
             old_source = f" ({about['source']} -> {corpus.source})" if about["source"] != corpus.source else ""
@@ -149,10 +153,21 @@ def refuse_changes(found: Found, config: Config, corpus: Text, accept_changes: b
             f"the run in this folder (step {found.step}) has another model or other data; {'; '.join(wrong)}. "
             "Undo the change, or set another workdir, or say --accept-changes to go on all the same, or --fresh to "
             "start anew (the old run moves to earlier/)."
+            + f" Other weights from here on are a phase: Phase(start_sample={about['samples']}, weights=(...))."
+            * weights
         )
 
 
+def _only_later_phases(about: Mapping[str, Any], config: Config) -> bool:
+    """Whether all phases of a blend that have begun are what they were."""
+    then, now = (dumped["data"].get("phases", []) for dumped in (about["config"], configs.dump(config)))
+    then, now = ([p for p in phases if p["start_sample"] < about["samples"]] for phases in (then, now))
+    return then == now
+
+
 def _means(path: str) -> bool:
+    path = re.sub(r"^data\.sources\[\d+\]\.data\.", "data.", path)
+
     def under(names: tuple[str, ...]) -> bool:
         return any(path == name or path.startswith(f"{name}.") for name in names)
 
