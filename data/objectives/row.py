@@ -61,6 +61,16 @@ class Specials:
         """Those of these fields that are not set: an objective's `needs`."""
         return [name for name in needs if not self._tokens(name)]
 
+    def names(self) -> dict[int, str]:
+        """What each of them is called: mask, fim_prefix, sentinel 3 ..."""
+        found = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            found |= dict.fromkeys(self._tokens(field.name), field.name)
+            if isinstance(value, tuple):
+                found |= {token: f"sentinel {i}" for i, token in enumerate(value)}
+        return found
+
     def tokens(self) -> list[int]:
         """All of them."""
         return [token for field in fields(self) for token in self._tokens(field.name)]

@@ -10,7 +10,7 @@ from mtx.config.loading import Loaded, load, workdir
 from mtx.config.overrides import override
 from mtx.config.printing import differences, dump, help_text, print_help, read_dump, text
 from mtx.config.root import BatchConfig, Config, loader, mask_of, microbatches, total_steps
-from mtx.config.run_folder import versions, write_run_folder
+from mtx.config.run_folder import read_config, versions, write_run_folder
 
 __all__ = [
     "BatchConfig",
@@ -27,6 +27,7 @@ __all__ = [
     "microbatches",
     "override",
     "print_help",
+    "read_config",
     "read_dump",
     "text",
     "total_steps",

@@ -168,6 +168,12 @@ def _batch(case: _Case) -> Iterator[str]:
 def _time(case: _Case) -> Iterator[str]:
     length, layout = case.config.batch.sequence_length, case.layout
     parts = layout.size(*layout.axes(RESIDUAL_TIME, "activations"))
+    warmup = case.config.length_warmup
+    if warmup is not None and (wrong := [n for n in warmup.lengths[:-1] if n % parts]):
+        yield (
+            f"length_warmup.lengths={schema.show(warmup.lengths)} holds {wrong[0]}, which does not divide over "
+            f"mesh.model={parts} (layout.sequence_parallel); try multiples of {parts}."
+        )
     if length % parts:
         yield (
             f"batch.sequence_length={length} does not divide over mesh.model={parts} (layout.sequence_parallel); "
@@ -343,7 +349,7 @@ def _backend(case: _Case) -> Iterator[str]:
 
 _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...] = (
     (("batch", "mesh", "layout", "model"), _batch),
-    (("batch", "mesh", "layout"), _time),
+    (("batch", "mesh", "layout", "length_warmup"), _time),
     (("batch", "mesh", "layout", "model", "pipeline", "partition"), _pipeline),
     (("batch", "model"), _positions),
     (("batch", "model"), _pattern),

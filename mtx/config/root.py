@@ -1,5 +1,6 @@
 """The root config of a run, and what is derived from it."""
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -183,6 +184,11 @@ def total_steps(
     """
     if config.steps is not None:
         return config.steps
+    if config.tokens is not None and (warmup := config.length_warmup) is not None:
+        steps = bisect.bisect_left(
+            range(config.tokens + 1), config.tokens, key=lambda n: warmup.tokens(n, config.batch.global_size)[0]
+        )
+        return max(steps, done_steps)
     if config.tokens is not None:
         samples = Fraction(config.tokens, config.batch.sequence_length)
     else:

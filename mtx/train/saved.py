@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -245,7 +244,7 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
     The mesh is the run's where it fits the devices, else one device; `words` override fields.
     Raises: ConfigError, DeviceError, DataError, CheckpointError.
     """
-    config = configs.override(read_config(folder), words)
+    config = configs.override(configs.read_config(folder), words)
     count = jax.device_count()
     named = any(word.lstrip("-").startswith("mesh") for word in words)
     if not named and not _fits(config, count):
@@ -272,14 +271,3 @@ def _fits(config: Config, devices: int) -> bool:
     except DeviceError:
         return False
     return True
-
-
-def read_config(folder: Path) -> Config:
-    """The config that a run folder was last started with. Raises: ConfigError."""
-    path = folder / "config.json"
-    try:
-        return configs.read_dump(json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise ConfigError(f"{folder} is no run folder: it has no config.json; such as runs/quickstart.") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is not of this version: {type(error).__name__}: {error}.") from error
