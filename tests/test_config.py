@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import mistakes_of_data
 import pytest
 
 from data import Bpe, Skip, TextFiles
@@ -373,12 +374,12 @@ MISTAKES = {
         ("precision.compute=fp16", "precision.compute=fp16 must be one of auto, float32, bfloat16."),
     ],
     "PythonDocs": [
-        ("data=Wikipedia", "data=Wikipedia must be one of PythonDocs, TextFiles."),
+        ("data=Wikipedia", "data=Wikipedia must be one of PythonDocs, TextFiles, Blend."),
         ("data.validation_fraction=2", "data.validation_fraction=2.0 must lie strictly between 0 and 1; try 0.05."),
     ],
     "TextFiles": [
         ("data=TextFiles", "data=TextFiles needs data.paths=... too."),
-        ("data=textfiles", "data=textfiles must be one of PythonDocs, TextFiles; did you mean TextFiles?"),
+        ("data=textfiles", "data=textfiles must be one of PythonDocs, TextFiles, Blend; did you mean TextFiles?"),
         ("data.paths=texts", "data.paths: PythonDocs has no field 'paths'; TextFiles has it: add data=TextFiles."),
         (
             f"{TEXT}data.validation_fraction=0.1",
@@ -565,6 +566,7 @@ MISTAKES = {
         ("wandb=mtx", "wandb: Config has no field 'wandb'; did you mean reporting.wandb?"),
     ],
 }
+MISTAKES |= mistakes_of_data.MISTAKES
 
 OVERRIDE_MISTAKES = [mistake for group in MISTAKES.values() for mistake in group]
 
@@ -644,9 +646,17 @@ def test_file_mistakes_are_refused_with_a_hint(load, edit, hint):
     assert hint in said(load, "", edit)
 
 
+@pytest.mark.parametrize("mistake", mistakes_of_data.FILE_MISTAKES, ids=lambda mistake: mistake[0][1])
+def test_mistakes_of_a_blend_are_refused_with_a_hint(load, mistake):
+    edit, *hints = mistake
+    message = said(load, "", edit)
+    assert all(hint in message for hint in hints)
+
+
 def test_every_config_dataclass_has_a_mistake_in_the_tables():
     rows = {"Row"} if any("Row(" in edit[1] for edit, _ in FILE_MISTAKES) else set()
-    assert set(MISTAKES) | rows == set(schema.reachable(Config))
+    in_files = {"Weighted", "Phase"}
+    assert set(MISTAKES) | rows | in_files == set(schema.reachable(Config))
     assert all(MISTAKES.values())
     assert len(OVERRIDE_MISTAKES) + len(FILE_MISTAKES) >= 40
 
@@ -1153,7 +1163,7 @@ def test_types_that_a_file_can_get_wrong():
     assert not schema.fits(True, schema.fields(Layout)["zero"].annotation)
     assert schema.type_name(schema.fields(AttentionConfig)["kv_heads"].annotation) == "int | None"
     assert schema.expected(schema.fields(Config)["model"].annotation) == f"a {Transformer.__name__}"
-    assert schema.expected(schema.fields(Config)["data"].annotation) == "one of PythonDocs, TextFiles"
+    assert schema.expected(schema.fields(Config)["data"].annotation) == "one of PythonDocs, TextFiles, Blend"
     assert schema.expected(schema.fields(Config)["checkpoints"].annotation) == "a Checkpoints or None"
     assert schema.show(AdamW(b1=0.5)) == "AdamW(b1=0.5)"
     assert schema.show(Gelu(width=3)) == "Gelu(width=3)"

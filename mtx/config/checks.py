@@ -242,7 +242,10 @@ def _pattern(case: _Case) -> Iterator[str]:
 def _vocabulary(case: _Case) -> Iterator[str]:
     config = case.config
     found, data = config.model.vocab_size, type(config.data).__name__
-    more = lacking(config.data.tokenizer, config.objective, config.batch.sequence_length)
+    try:
+        more = lacking(config.data.tokenizer, config.objective, config.batch.sequence_length)
+    except ValueError:
+        return  # of the length: said by `_rows`
     if found < (needed := config.data.vocab_size + more):
         special = f" and {more} special ones of objective={type(config.objective).__name__}" if more else ""
         yield (
@@ -259,7 +262,7 @@ def _attention(case: _Case) -> Iterator[str]:
     elif objective.attention != "both" and not causal:
         yield (
             f"objective={name} is for causal models, and model.causal=false sees what is to be guessed; try "
-            "model.causal=true, or objective=MaskedLm."
+            "model.causal=true, or a masked objective."
         )
 
 

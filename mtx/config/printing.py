@@ -132,7 +132,8 @@ def _help(loaded: Loaded, config: Any, prefix: str) -> list[str]:
         left = here if single else f"{here}: {schema.type_name(field.annotation)} = {value_text}"
         origin = "" if single else loaded.origin(here)
         gap = WIDTH - len(left) - len(origin)
-        lines += [f"{left}{' ' * gap}{origin}"] if gap > 1 else [left, origin.rjust(WIDTH)]
+        wide = [*textwrap.wrap(left, WIDTH, subsequent_indent="        "), origin.rjust(WIDTH)]
+        lines += [f"{left}{' ' * gap}{origin}"] if gap > 1 else wide
         lines += _indented(schema.help_of(type(config), name), 4)
         for other in schema.classes(field.annotation).values():
             if not single:
