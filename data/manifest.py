@@ -9,19 +9,21 @@ from typing import Any
 
 from data.shards import TEMPORARY, Shard
 
-FORMAT = "mtx prepared text 1"
+FORMAT = "mtx prepared text 2"
 NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A file of the text, as it was read."""
+class Source:
+    """A part of the text, as it was read."""
 
-    path: str
+    name: str
+    """A file's path, a slice of a data set."""
+    fingerprint: str
+    """Another one says that it may have changed."""
     bytes: int
-    mtime_ns: int
     sha256: str | None
-    """None: a bad file, of which nothing was used."""
+    """Of a file, or of the documents that were read. None: a bad file, of which nothing was used."""
     documents: int
     """Given to the splits."""
     empty: int
@@ -36,9 +38,9 @@ class Manifest:
 
     recipe: dict[str, Any]
     """The config as plain data."""
-    sources: list[SourceFile]
+    sources: list[Source]
     ignored: list[str]
-    """Files in the folders that were not read: hidden, or of no known kind."""
+    """What was found and not read: files that are hidden, or of no known kind."""
     tokenizer: str
     """Its digest."""
     vocab_size: int
@@ -74,7 +76,7 @@ class Manifest:
             raise ValueError(f"{path} has the format {form!r}; this program reads {FORMAT!r}.")
         if said != _digest({"format": form, **rest}):
             raise ValueError(f"{path} was changed after it was written: its SHA-256 is not its own.")
-        rest["sources"] = [SourceFile(**source) for source in rest["sources"]]
+        rest["sources"] = [Source(**source) for source in rest["sources"]]
         rest["splits"] = {name: Shard(**shard) for name, shard in rest["splits"].items()}
         return Manifest(**rest)
 

@@ -7,10 +7,11 @@ end, and the manifest comes last: a preparation that is killed leaves what was t
 
 import contextlib
 import errno
+import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,12 @@ import numpy as np
 
 from data import sources
 from data.corpus import Gzip
-from data.manifest import NAME, Manifest, SourceFile, sync
-from data.records import Reading, documents
+from data.manifest import NAME, Manifest, Source, sync
+from data.prepared import SPLITS, Document, Part, Prepared, Skip, Slice, Tokenized
+from data.records import Reading
 from data.shards import TEMPORARY, Shard, Writer, dtype_of
 from data.splitting import HASH, Borders, borders, split_of, text_hash
 from data.streams import Bad, BadFile
-from data.text_files import Skip, TextFiles, file_state
 from data.tokenizer import COPY_NAMES, AnyTokenizer, Bytes, ByteTokenizer, Defined, Given, Tokenizer, read_file
 
 BATCH_BYTES = 1 << 20
@@ -36,8 +37,8 @@ SPOOL_BYTES = 1 << 20
 Progress = Callable[[str], None]
 
 
-def run(config: TextFiles, progress: Progress) -> None:
-    """See `TextFiles.prepare`."""
+def run(config: Prepared, progress: Progress, *, workers: int | None = None) -> None:
+    """See `Prepared.prepare`."""
     folder = config.prepared_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ class _Meter:
 class _Policy:
     """Counts bad records; raises at the first, or at one too many."""
 
-    def __init__(self, config: TextFiles) -> None:
+    def __init__(self, config: Prepared) -> None:
         self._budget = config.bad_records.budget if isinstance(config.bad_records, Skip) else None
         self.counts: dict[str, Counter[str]] = {}
 
@@ -131,25 +132,22 @@ class _Policy:
 
 
 @dataclass
-class _File:
-    """A source while it is prepared."""
+class _Source:
+    """A part while it is prepared."""
 
-    path: str
-    bytes: int
-    mtime_ns: int
+    part: Part
     sha256: str | None = None
     documents: int = 0
     empty: int = 0
 
 
-def _prepare(config: TextFiles, folder: Path, progress: Progress) -> None:
-    found = sources.find(config.paths)
-    if found.ignored:
-        names = ", ".join(found.ignored[:5]) + (", ..." if len(found.ignored) > 5 else "")
-        progress(f"ignores {len(found.ignored)} hidden files or files of no known kind: {names}")
+def _prepare(config: Prepared, folder: Path, progress: Progress) -> None:
+    if ignored := config.ignored():
+        names = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+        progress(f"ignores {len(ignored)} hidden files or files of no known kind: {names}")
     if isinstance(config.tokenizer, Given):  # refused before hours of reading
         read_file(config.tokenizer, config.tokenizer.original())
-    files = [_File(path, *file_state(path)) for path in found.files]
+    files = [_Source(part) for part in config.parts()]
     policy = _Policy(config)
     ends, text_bytes = _survey(config, files, folder, policy, progress)
     tokenizer = _tokenizer(config, files, folder, ends, text_bytes, progress)
@@ -162,8 +160,19 @@ def _prepare(config: TextFiles, folder: Path, progress: Progress) -> None:
             writer.close()
     manifest = Manifest(
         recipe=config.recipe(),
-        sources=[SourceFile(**vars(file), bad=policy.of(file.path)) for file in files],
-        ignored=found.ignored,
+        sources=[
+            Source(
+                file.part.name,
+                file.part.fingerprint,
+                file.part.bytes,
+                file.sha256,
+                file.documents,
+                file.empty,
+                policy.of(file.part.name),
+            )
+            for file in files
+        ],
+        ignored=ignored,
         tokenizer=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
@@ -174,26 +183,28 @@ def _prepare(config: TextFiles, folder: Path, progress: Progress) -> None:
 
 
 def _survey(
-    config: TextFiles, files: list[_File], folder: Path, policy: _Policy, progress: Progress
+    config: Prepared, files: list[_Source], folder: Path, policy: _Policy, progress: Progress
 ) -> tuple[Borders, int]:
     """The first pass: reads everything, fills in `files`, and says where each split ends and how long the text is."""
     path = folder / f"hashes{TEMPORARY}"
-    meter = _Meter(progress, "reading", sum(file.bytes for file in files))
+    meter = _Meter(progress, "reading", sum(file.part.bytes for file in files))
     text_bytes = 0
     with open(path, "wb", buffering=SPOOL_BYTES) as spool:
         for file in files:
             start, text_bytes_before = spool.tell(), text_bytes
-            reading = Reading(file.path, policy.report, meter.count)
+            reading = Reading(file.part.name, policy.report, meter.count)
+            content = hashlib.sha256()
             try:
-                for text in documents(reading, config.limits()):
-                    if text.strip():
-                        spool.write(text_hash(text).to_bytes(HASH.itemsize, "little"))
-                        file.documents += 1
-                        meter.documents += 1
-                        text_bytes += len(text)
-                    else:
+                for document in config.read(Slice(file.part), reading):
+                    content.update(_content(document))
+                    if _is_empty(document):
                         file.empty += 1
-                file.sha256 = reading.sha256
+                        continue
+                    spool.write(text_hash(_content(document)).to_bytes(HASH.itemsize, "little"))
+                    file.documents += 1
+                    meter.documents += 1
+                    text_bytes += _text_bytes(document)
+                file.sha256 = reading.sha256 or content.hexdigest()
             except BadFile as error:
                 policy.report(error.bad)
                 meter.documents -= file.documents
@@ -204,22 +215,41 @@ def _survey(
     for bad, counter in policy.counts.items():
         reasons = ", ".join(f"{reason} {n}" for reason, n in counter.most_common())
         progress(f"leaves out {counter.total()} bad records of {bad}: {reasons}")
+    if (fixed := {file.part.split for file in files}) != {None}:
+        assert None not in fixed, "all parts have a split, or none"
+        return {name: 0 for name in SPLITS if name in fixed}, text_bytes
     hashes_N = np.memmap(path, HASH, "r+") if meter.documents else np.empty(0, HASH)
     hashes_N.sort()  # in the file: the system writes back what memory does not hold
     try:
         return borders(hashes_N, config.shares()), text_bytes
     except ValueError as error:
-        raise ValueError(f"data.split={config.split}: {error} {_finer(files)}") from error
+        raise config.too_few(str(error)) from error
 
 
-def _finer(files: list[_File]) -> str:
-    plain = any(sources.kind(file.path) == "text" for file in files)
-    cut = ", cut it finer (data.cut_text_bytes=1024)" if plain else ""
-    return f"Give more text{cut}, or hold none out: data.split=1,0."
+def _content(document: Document) -> bytes:
+    """What tells documents apart."""
+    if isinstance(document, Tokenized):
+        return b"\0".join(np.asarray(tokens, "<i8").tobytes() for tokens in document.sequences)
+    return b"\0".join(document)
+
+
+def _is_empty(document: Document) -> bool:
+    """Whether its last sequence is: what follows a prompt."""
+    if isinstance(document, Tokenized):
+        return not len(document.sequences[-1])
+    return not document[-1].strip()
+
+
+def _text_bytes(document: Document) -> int:
+    return document.bytes if isinstance(document, Tokenized) else sum(map(len, document))
+
+
+def _split(file: _Source, document: Document, ends: Borders) -> str:
+    return file.part.split or split_of(_content(document), ends)
 
 
 def _tokenizer(
-    config: TextFiles, files: list[_File], folder: Path, ends: Borders, text_bytes: int, progress: Progress
+    config: Prepared, files: list[_Source], folder: Path, ends: Borders, text_bytes: int, progress: Progress
 ) -> Tokenizer:
     """The tokenizer; its definition is put beside the shards, still under a temporary name."""
     wanted = config.tokenizer
@@ -227,7 +257,7 @@ def _tokenizer(
         return ByteTokenizer()
     temporary = folder / (wanted.copy_name + TEMPORARY)
     if isinstance(wanted, Given):
-        definition = wanted.original().read_bytes()
+        definition = config.definition()
     else:
         most = wanted.training_bytes()
         part = f"{most / 1e6:.0f} MB of the training text, spread over it" if text_bytes > most else "the training text"
@@ -245,42 +275,48 @@ def _save(path: Path, content: bytes) -> None:
 
 
 def _training_texts(
-    config: TextFiles, files: list[_File], ends: Borders, text_bytes: int, most_bytes: int
+    config: Prepared, files: list[_Source], ends: Borders, text_bytes: int, most_bytes: int
 ) -> Iterator[str]:
     """Documents of the training split, all or, of a longer text, as many bytes from every part of it."""
     seen, taken = 0, 0
-    for _, text in _documents(config, files, lambda found: None):
-        if split_of(text, ends) == "train" and taken * text_bytes <= seen * most_bytes:
-            part = text[: most_bytes - taken].decode(errors="ignore")  # a character that the cut goes through
-            taken += len(text)
-            yield part
-            if taken >= most_bytes:
-                return
-        seen += len(text)
+    for file, document in _documents(config, files, lambda found: None):
+        assert not isinstance(document, Tokenized), "who brings tokens has a tokenizer"
+        if _split(file, document, ends) == "train" and taken * text_bytes <= seen * most_bytes:
+            for text in document:
+                part = text[: most_bytes - taken].decode(errors="ignore")  # a character that the cut goes through
+                taken += len(text)
+                yield part
+                if taken >= most_bytes:
+                    return
+        seen += _text_bytes(document)
 
 
-def _documents(config: TextFiles, files: list[_File], count: Callable[[int], None]) -> Iterator[tuple[_File, bytes]]:
+def _documents(
+    config: Prepared, files: list[_Source], count: Callable[[int], None]
+) -> Iterator[tuple[_Source, Document]]:
     """What the first pass found good and not empty, again."""
     for file in files:
         if file.sha256 is None:
             continue
-        reading = Reading(file.path, lambda bad: None, count)
+        reading = Reading(file.part.name, lambda bad: None, count)
+        content = hashlib.sha256()
         try:
-            for text in documents(reading, config.limits()):
-                if text.strip():
-                    yield file, text
+            for document in config.read(Slice(file.part), reading):
+                content.update(_content(document))
+                if not _is_empty(document):
+                    yield file, document
         except BadFile as error:
             raise ValueError(f"{error} It changed while it was read; prepare it when it is at rest.") from error
-        if (reading.sha256, file_state(file.path)) != (file.sha256, (file.bytes, file.mtime_ns)):
-            raise ValueError(f"{file.path} changed while it was read; prepare it when it is at rest.")
+        if (reading.sha256 or content.hexdigest()) != file.sha256:
+            raise ValueError(f"{file.part.name} changed while it was read; prepare it when it is at rest.")
 
 
-def _batches(items: Iterable[tuple[_File, bytes]]) -> Iterator[list[tuple[_File, bytes]]]:
+def _batches(items: Iterable[tuple[_Source, Document]]) -> Iterator[list[tuple[_Source, Document]]]:
     """Lists of about `BATCH_BYTES` of text."""
     batch, size = [], 0
     for item in items:
         batch.append(item)
-        size += len(item[1])
+        size += _text_bytes(item[1])
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -289,8 +325,8 @@ def _batches(items: Iterable[tuple[_File, bytes]]) -> Iterator[list[tuple[_File,
 
 
 def _write(
-    config: TextFiles,
-    files: list[_File],
+    config: Prepared,
+    files: list[_Source],
     writers: dict[str, Writer],
     tokenizer: Tokenizer,
     ends: Borders,
@@ -298,23 +334,35 @@ def _write(
     progress: Progress,
 ) -> dict[str, Shard]:
     """The second pass: tokenizes into the writers."""
-    meter = _Meter(progress, "writing", sum(file.bytes for file in files))
+    meter = _Meter(progress, "writing", sum(file.part.bytes for file in files))
     for batch in _batches(_documents(config, files, meter.count)):
-        for (file, text), tokens in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-            if not len(tokens):
+        for (file, document), tokens in zip(batch, _tokens(tokenizer, [item[1] for item in batch]), strict=True):
+            if not len(tokens[-1]):
                 file.documents, file.empty = file.documents - 1, file.empty + 1
                 continue
-            name = split_of(text, ends)
-            writers[name].add(tokens, len(text))
-            if name == "validation":
-                yardstick.add(text)
+            name = _split(file, document, ends)
+            writers[name].add(tokens, _text_bytes(document))
+            if name == "validation" and not isinstance(document, Tokenized):
+                for text in document:
+                    yardstick.add(text)
             meter.documents += 1
-            meter.tokens += len(tokens) + 1
+            meter.tokens += sum(map(len, tokens)) + 1
     meter.say()
     for name, writer in writers.items():
         if not writer.documents:
-            raise ValueError(f"no document of the {name} split has a token in this tokenizer. {_finer(files)}")
+            raise config.too_few(f"no document of the {name} split has a token in this tokenizer.")
     return {name: writer.finish() for name, writer in writers.items()}
+
+
+def _tokens(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Sequence[np.ndarray]]:
+    """The sequences of each document."""
+    texts = [text for document in documents if not isinstance(document, Tokenized) for text in document]
+    encoded = iter(tokenizer.encode_batch(texts))
+    for document in documents:
+        if isinstance(document, Tokenized):
+            yield document.sequences
+        else:
+            yield [next(encoded) for _ in document]
 
 
 def _publish(tokenizer: AnyTokenizer, folder: Path, writers: Iterable[Writer], manifest: Manifest) -> None:

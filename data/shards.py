@@ -2,16 +2,17 @@
 
 The .bin is the tokens end to end. The .idx is, little-endian: the magic; uint64 1; uint8 code of the tokens'
 type; uint64 sequences; uint64 documents + 1; int32 length in tokens of each sequence; int64 byte in the .bin of
-each sequence; int64 number of the first sequence of each document, and the number of sequences. Here a document
-is one sequence, its end-of-document token included (Megatron-LM, core/datasets/indexed_dataset.py).
+each sequence; int64 number of the first sequence of each document, and the number of sequences (Megatron-LM,
+core/datasets/indexed_dataset.py). The token that ends a document belongs to its last sequence.
 """
 
 import hashlib
 import os
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,6 +32,8 @@ class Shard:
     """One split's pair of files, as the manifest lists it."""
 
     documents: int
+    sequences: int
+    """At least as many: a document is one or several."""
     tokens: int
     bytes: int
     """Of text, ends of documents not counted."""
@@ -78,37 +81,47 @@ class Writer:
         self._end = np.array([end_of_document], self._dtype)
         self._bin = _Hashed(self._temporary(".bin"))
         self._lengths = open(self._temporary(".lengths"), "w+b", buffering=CHUNK)  # noqa: SIM115
-        self.documents, self.tokens, self.bytes = 0, 0, 0
+        self._counts = open(self._temporary(".counts"), "w+b", buffering=CHUNK)  # noqa: SIM115
+        self.documents, self.sequences, self.tokens, self.bytes = 0, 0, 0, 0
 
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """A document: its tokens without the end, and how many bytes of text they are."""
-        self._bin.write(tokens.astype(self._dtype))
+    def add(self, sequences: Sequence[np.ndarray], text_bytes: int) -> None:
+        """A document: the tokens of its sequences without the end, and how many bytes of text they are."""
+        for tokens in sequences:
+            self._bin.write(tokens.astype(self._dtype))
         self._bin.write(self._end)
-        length = len(tokens) + 1
-        self._lengths.write(length.to_bytes(4, "little"))
-        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + length, self.bytes + text_bytes
+        lengths = np.array([len(tokens) for tokens in sequences], "<i4")
+        lengths[-1] += 1
+        self._lengths.write(lengths)
+        self._counts.write(len(sequences).to_bytes(4, "little"))
+        self.documents, self.sequences = self.documents + 1, self.sequences + len(sequences)
+        self.tokens, self.bytes = self.tokens + int(lengths.sum()), self.bytes + text_bytes
 
     def finish(self) -> Shard:
         """Writes the index; both files are on the disk, still under their temporary names."""
         bin_sha256 = self._bin.finish()
         index = _Hashed(self._temporary(".idx"))
-        count = self.documents
-        index.write(HEADER.pack(MAGIC, 1, CODES[self._dtype.name], count, count + 1))
-        for lengths in self._read_lengths():
+        index.write(HEADER.pack(MAGIC, 1, CODES[self._dtype.name], self.sequences, self.documents + 1))
+        for lengths in _numbers(self._lengths):
             index.write(lengths)
         byte = 0
-        for lengths in self._read_lengths():
+        for lengths in _numbers(self._lengths):
             ends = byte + np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
             index.write(np.concatenate([np.array([byte], "<i8"), ends[:-1]]))
             byte = int(ends[-1])
-        for start in range(0, count + 1, CHUNK):
-            index.write(np.arange(start, min(start + CHUNK, count + 1), dtype="<i8"))
+        sequence = 0
+        index.write(np.array([sequence], "<i8"))
+        for counts in _numbers(self._counts):
+            firsts = sequence + np.cumsum(counts, dtype="<i8")
+            index.write(firsts)
+            sequence = int(firsts[-1])
         idx_sha256 = index.finish()
-        self._lengths.close()
-        self._temporary(".lengths").unlink()
-        assert self._bin.bytes == self.tokens * self._dtype.itemsize == byte
+        self.close()
+        for suffix in (".lengths", ".counts"):
+            self._temporary(suffix).unlink()
+        assert self._bin.bytes == self.tokens * self._dtype.itemsize == byte and sequence == self.sequences
         return Shard(
-            documents=count,
+            documents=self.documents,
+            sequences=self.sequences,
             tokens=self.tokens,
             bytes=self.bytes,
             dtype=self._dtype.name,
@@ -127,14 +140,17 @@ class Writer:
         """Ends writing, finished or not."""
         self._bin.abandon()
         self._lengths.close()
-
-    def _read_lengths(self) -> Any:
-        self._lengths.seek(0)
-        while block := self._lengths.read(4 * CHUNK):
-            yield np.frombuffer(block, "<i4")
+        self._counts.close()
 
     def _temporary(self, suffix: str) -> Path:
         return self._folder / f"{self._name}{suffix}{TEMPORARY}"
+
+
+def _numbers(file: IO[bytes]) -> Iterator[np.ndarray]:
+    """A file of int32, in chunks."""
+    file.seek(0)
+    while block := file.read(4 * CHUNK):
+        yield np.frombuffer(block, "<i4")
 
 
 def open_tokens(folder: Path, name: str, shard: Shard) -> np.ndarray:
@@ -162,7 +178,7 @@ def _check_index(tokens: Path, index: Path, shard: Shard) -> None:
             raise ValueError(f"{index} is no Megatron index: it begins with {header[:9]!r}, not {MAGIC!r}.")
         _, version, code, sequences, documents = HEADER.unpack(header)
         said = (version, code, sequences, documents)
-        wanted = (1, CODES[shard.dtype], shard.documents, shard.documents + 1)
+        wanted = (1, CODES[shard.dtype], shard.sequences, shard.documents + 1)
         if said != wanted:
             raise ValueError(f"{index} says (version, type, sequences, documents + 1) {said}; the manifest {wanted}.")
         file.seek(HEADER.size + 4 * (sequences - 1))

@@ -1,48 +1,19 @@
-"""Text in files as a corpus: read once by `prepare`, which writes token shards; trained from by `load`.
+"""Text in files as a corpus: read once by `prepare`, which writes token shards; trained from by `load`."""
 
-The shards lie in a folder whose name is a hash of everything that decides what is in them, so that another
-setting makes another folder, and coming back to a setting finds its shards again.
-"""
-
-import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
-from data import manifest as manifests
-from data import shards, sources
-from data.corpus import Corpus, Split, digest
-from data.manifest import Manifest
-from data.records import Limits
-from data.tokenizer import AnyTokenizer, Bytes, ByteTokenizer, Given, Tokenizer, read_file
-
-SPLITS = ("train", "validation", "test")
-AGAIN = "run the same command with the verb prepare (python main.py prepare --config ...)"
+from data import sources
+from data.prepared import SPLITS, Document, Fail, Part, Prepared, Skip, Slice
+from data.records import Limits, Reading, documents
+from data.tokenizer import AnyTokenizer, Bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fail:
-    """A bad record ends the preparation; the error names its file and line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skip:
-    """Bad records are left out and counted, by file and reason; too many end the preparation."""
-
-    budget: int = 100
-    """How many are left out at most, over all files; a file that cannot be read counts as one."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, what is wrong with its value and what to type) for each wrong field."""
-        if self.budget < 1:
-            yield "budget", "must be at least 1; data.bad_records=Fail skips none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextFiles:
+class TextFiles(Prepared):
     """Your own text: JSON lines, plain text or parquet, tokenized once into shards that training reads."""
 
     paths: str
@@ -57,9 +28,6 @@ class TextFiles:
     hash of its text decides where a document goes, so that copies fall on one side."""
     bad_records: Fail | Skip = Fail()
     """What happens at a record that cannot be used."""
-    isolate_documents: bool = True
-    """Packed documents: positions restart and attention stays inside a document. False: GPT-2's recipe, where
-    both cross."""
     cut_text_bytes: int = 16384
     """Plain text is cut into documents behind the first blank line after so many bytes (behind a line, if there is
     none for as many again); 0: each file is one document."""
@@ -68,18 +36,6 @@ class TextFiles:
     some 140 times its size in memory (4 times as bytes)."""
     folder: str | None = None
     """Where the shards are; None: prepared/ and a hash of the fields above that decide what is in them."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, known before anything is prepared.
-
-        Raises: ValueError if there is neither the tokenizer's file nor its copy beside the shards.
-        """
-        if isinstance(self.tokenizer, Given) and not self.tokenizer.exists():
-            copy = self.prepared_folder() / self.tokenizer.copy_name
-            if copy.is_file():
-                return self.tokenizer.size_of(copy)
-        return self.tokenizer.vocab_size
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""
@@ -93,20 +49,13 @@ class TextFiles:
             yield "max_record_bytes", f"must lie in 1..{2**30}; try {32 * 2**20}"
         elif self.cut_text_bytes > self.max_record_bytes // 2:
             yield "cut_text_bytes", f"must be at most half of max_record_bytes={self.max_record_bytes}"
-        if self.folder == "":
-            yield "folder", "is empty; name a folder, or None for prepared/ and a hash"
-        for field in ("paths", "folder"):
-            if re.match(r"\w+://", getattr(self, field) or ""):
-                yield field, "is not on a file system, which memory maps need; copy the files, or mount the bucket"
+        if re.match(r"\w+://", self.paths):
+            yield "paths", "is not on a file system; copy the files, or mount the bucket"
         try:
             self.shares()
         except ValueError as error:
             yield "split", str(error)
-        if isinstance(self.tokenizer, Given):
-            try:
-                self.vocab_size  # noqa: B018 (it raises)
-            except ValueError as error:
-                yield f"tokenizer.{self.tokenizer.named_by}", f"cannot be used: {error}"
+        yield from super().check()
 
     def shares(self) -> dict[str, Fraction]:
         """The split's parts by name, of 1, without those of 0. Raises: ValueError."""
@@ -127,123 +76,41 @@ class TextFiles:
             max_record_bytes=self.max_record_bytes,
         )
 
-    def recipe(self) -> dict:
-        """What decides the shards, as plain data."""
-        elsewhere = ("isolate_documents", "folder")
-        return {name: value for name, value in manifests.plain(self).items() if name not in elsewhere}
+    # What `Prepared` asks for
 
-    def prepared_folder(self) -> Path:
-        """Where the shards are, or will be."""
-        if self.folder is not None:
-            return Path(self.folder).expanduser()
-        content = manifests.canonical([manifests.FORMAT, self.recipe()])
-        return Path("prepared", hashlib.sha256(content).hexdigest()[:12])
+    @property
+    def described(self) -> str:
+        """See `Prepared`."""
+        return f"data.paths={self.paths}"
 
-    def is_prepared(self) -> bool:
-        """Whether shards are there; `load` says whether they are right."""
-        return (self.prepared_folder() / manifests.NAME).is_file()
+    def parts(self) -> list[Part]:
+        """The files."""
+        return [Part(path, *_state(path)) for path in sources.find(self.paths).files]
 
-    def prepare(self, progress: Callable[[str], None]) -> None:
-        """Writes the shards, unless there are right ones, every byte of which is then checked.
+    def read(self, piece: Slice, reading: Reading) -> Iterator[Document]:
+        """See `Prepared`."""
+        for text in documents(reading, self.limits()):
+            yield [text]
 
-        Raises: ValueError for bad input, too little text, or a folder that another process is preparing.
-        """
-        from data import prepare
+    def ignored(self) -> list[str]:
+        """Files in the folders that are hidden, or of no known kind."""
+        return sources.find(self.paths).ignored
 
-        prepare.run(self, progress)
+    def is_here(self, names: Iterable[str]) -> bool:
+        """Whether one of the files is."""
+        return any(map(os.path.lexists, names))
 
-    def manifest(self) -> Manifest:
-        """What is in the folder, after the checks of `load`. Raises: ValueError."""
-        folder = self.prepared_folder()
-        if not self.is_prepared():
-            raise ValueError(f"the text of data.paths={self.paths} has no shards in {folder}; {AGAIN} first.")
-        manifest = Manifest.read(folder)
-        recipe = self.recipe()
-        for name in sorted(recipe.keys() | manifest.recipe.keys()):
-            if recipe.get(name) != manifest.recipe.get(name):
-                raise ValueError(
-                    f"{folder} was prepared with data.{name}={_shown(manifest.recipe.get(name))}, not "
-                    f"{_shown(recipe.get(name))}; {AGAIN} to replace it, or name another data.folder."
-                )
-        _check_sources(self.paths, manifest)
-        return manifest
-
-    def load(self) -> Corpus:
-        """Opens the shards, after checks that cost little, whatever their size.
-
-        Raises: ValueError if there are none, they are damaged, or the text or the settings have changed since.
-        """
-        folder, manifest = self.prepared_folder(), self.manifest()
-        try:
-            tokenizer = self._tokenizer(folder, manifest)
-            splits = {
-                name: Split(
-                    tokens_N=shards.open_tokens(folder, name, shard),
-                    documents=shard.documents,
-                    bytes=shard.bytes,
-                    end_of_document=manifest.end_of_document,
-                    isolate_documents=self.isolate_documents,
-                )
-                for name, shard in manifest.splits.items()
-            }
-        except ValueError as error:
-            raise ValueError(f"{error} Damaged or replaced: {AGAIN} to write it again.") from error
-        return Corpus(
-            source=f"{self.paths} ({folder})",
-            tokenizer=tokenizer,
-            splits=splits,
-            digest=digest(tokenizer, {name: shard.bin_sha256 for name, shard in manifest.splits.items()}),
-            gzip_bits_per_byte=manifest.gzip_bits_per_byte,
-        )
-
-    def verify(self) -> None:
-        """Reads every byte of the shards. Raises: ValueError that names a damaged file."""
-        manifest, folder = self.manifest(), self.prepared_folder()
-        self._tokenizer(folder, manifest)
-        for name, shard in manifest.splits.items():
-            shards.verify(folder, name, shard)
-
-    def _tokenizer(self, folder: Path, manifest: Manifest) -> Tokenizer:
-        if isinstance(self.tokenizer, Bytes):
-            return ByteTokenizer()
-        copy = folder / self.tokenizer.copy_name
-        tokenizer = read_file(self.tokenizer, copy)
-        if tokenizer.digest != manifest.tokenizer:
-            raise ValueError(f"{copy} is not the tokenizer of the shards beside it.")
-        if isinstance(self.tokenizer, Given) and self.tokenizer.exists():
-            original = self.tokenizer.original()
-            if read_file(self.tokenizer, original).digest != manifest.tokenizer:
-                raise ValueError(f"{original} has changed since the shards in {folder} were written.")
-        return tokenizer
+    def too_few(self, why: str) -> ValueError:
+        """See `Prepared`."""
+        plain = any(sources.kind(path) == "text" for path in sources.find(self.paths).files)
+        cut = ", cut it finer (data.cut_text_bytes=1024)" if plain else ""
+        return ValueError(f"data.split={self.split}: {why} Give more text{cut}, or hold none out: data.split=1,0.")
 
 
-def _check_sources(paths: str, manifest: Manifest) -> None:
-    """That the text is still what was read; where none of it is (a node with shards alone), nothing is said."""
-    then = {source.path: source for source in manifest.sources}
-    if not any(map(os.path.lexists, then)):
-        return
-    now = set(sources.find(paths).files)
-    changes = [f"{path} is new" for path in now - then.keys()] + [f"{path} is gone" for path in then.keys() - now]
-    for path in now & then.keys():
-        if file_state(path) != (then[path].bytes, then[path].mtime_ns):
-            changes.append(f"{path} has changed")
-    if changes:
-        more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-        raise ValueError(f"{min(changes)} since the text was prepared{more}; {AGAIN}, which replaces the shards.")
-
-
-def file_state(path: str) -> tuple[int, int]:
-    """Size and time of change; zeros for a file that cannot be asked."""
+def _state(path: str) -> tuple[str, int]:
+    """Fingerprint and size of a file; of nothing for one that cannot be asked."""
     try:
         status = os.stat(path)
     except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
-
-
-def _shown(value: object) -> str:
-    """A recipe's value as one would type it."""
-    if isinstance(value, dict):
-        fields = ", ".join(f"{name}={_shown(inner)}" for name, inner in value.items() if name != "class")
-        return f"{value['class']}({fields})" if fields else value["class"]
-    return str(value)
+        return "", 0
+    return f"{status.st_size} bytes, changed {status.st_mtime_ns} ns", status.st_size

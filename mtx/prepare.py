@@ -5,7 +5,8 @@ import difflib
 import shlex
 from typing import Any
 
-from data import TextFiles
+from data import Prepared, sources_of
+from data.blended import named
 from mtx.config import Loaded, check, load
 from mtx.errors import ConfigError, DataError
 
@@ -30,7 +31,7 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
         run(load(flags.config, words))
         return 0
     chosen = tokenizer_words(flags.train_tokenizer)
-    if not isinstance((data := load(flags.config, words).config.data), TextFiles):
+    if not isinstance((data := load(flags.config, words).config.data), Prepared):
         why = f"data={type(data).__name__} has bytes as tokens"
         raise ConfigError(f"--train-tokenizer is for data=TextFiles; {why}; add data=TextFiles data.paths=...")
     loaded = load(flags.config, words + chosen)
@@ -62,18 +63,21 @@ def run(loaded: Loaded, *, argv: list[str] | None = None, verbose: bool = False,
     Raises: ConfigError for a config that could not train either; DataError.
     """
     check(loaded.config)
-    data = loaded.config.data
-    if not isinstance(data, TextFiles):
-        print(f"data={type(data).__name__} needs no preparation.")
-        return
-    try:
-        data.prepare(lambda line: print(line, flush=True))
-        print(table(data))
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    for name, data in sources_of(loaded.config.data).items():
+        if name:
+            print(f"source {name}")
+        if not isinstance(data, Prepared):
+            print(f"data={type(data).__name__} needs no preparation.")
+            continue
+        try:
+            with named(name):
+                data.prepare(lambda line: print(line, flush=True))
+            print(table(data))
+        except ValueError as error:
+            raise DataError(str(error)) from error
 
 
-def table(data: TextFiles) -> str:
+def table(data: Prepared) -> str:
     """What the shards hold, one line a split."""
     manifest = data.manifest()
     lines = [f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes of text':>18}{'bytes/token':>14}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data import Bpe, PythonDocs, Skip, TextFiles
+from data import Bpe, Skip, TextFiles
 from mtx import config as configs
 from mtx.attention import AttentionConfig
 from mtx.checkpoint import Checkpoints
@@ -885,12 +885,9 @@ def test_a_part_that_may_be_none_is_chosen_and_removed(load):
     assert load("model.positions.scaling=None", edit).config.model.positions == Rotary()
 
 
-def test_another_source_of_data_keeps_what_both_have(load):
-    edit = ("PythonDocs()", "PythonDocs(isolate_documents=False)")
+def test_another_source_of_data_is_chosen_with_its_parts(load):
     words = f"{TEXT}data.tokenizer=Bpe data.bad_records=Skip data.bad_records.budget=7"
-    wanted = TextFiles(paths="texts", tokenizer=Bpe(), bad_records=Skip(budget=7), isolate_documents=False)
-    assert load(words, edit).config.data == wanted
-    assert load("data=PythonDocs", edit).config.data == PythonDocs(isolate_documents=False)
+    assert load(words).config.data == TextFiles(paths="texts", tokenizer=Bpe(), bad_records=Skip(budget=7))
 
 
 def test_a_config_in_hand_is_overridden_as_a_file_is(load):

@@ -31,7 +31,7 @@ def megatron(path: Path, name: str) -> list[list[int]]:
 def write(folder: Path, name: str, documents: list[list[int]], dtype: str = "uint16") -> Shard:
     writer = Writer(folder, name, dtype, E)
     for document in documents:
-        writer.add(np.array(document), text_bytes=10)
+        writer.add([np.array(document)], text_bytes=10)
     shard = writer.finish()
     writer.publish()
     return shard
@@ -62,7 +62,7 @@ def test_nothing_has_its_name_before_it_is_published(tmp_path: Path) -> None:
     write(tmp_path, "train", [[1]])
     before = (tmp_path / "train.bin").read_bytes(), (tmp_path / "train.idx").read_bytes()
     writer = Writer(tmp_path, "train", "uint16", E)
-    writer.add(np.array([2, 3]), 2)
+    writer.add([np.array([2, 3])], 2)
     writer.finish()
     assert before == ((tmp_path / "train.bin").read_bytes(), (tmp_path / "train.idx").read_bytes())
     writer.publish()

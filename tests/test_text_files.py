@@ -15,6 +15,7 @@ from test_tokenizer import LEARNED, unigram
 from data import (
     Bpe,
     Bytes,
+    Loader,
     SentencePiece,
     SentencePieceFile,
     Skip,
@@ -94,14 +95,14 @@ def test_what_is_prepared_is_what_is_read(tokenizer, tmp_path: Path, monkeypatch
     assert config.is_prepared()
     config.verify()
     corpus = config.load()
-    assert corpus.vocab_size == config.vocab_size == SIZES[tokenizer]
+    assert corpus.tokenizer.vocab_size == config.vocab_size == SIZES[tokenizer]
     copies = {path.name for path in config.prepared_folder().iterdir()} & {
         "tokenizer.json",
         "tokenizer.model",
         "vocab.txt",
     }
     assert copies == ({tokenizer.copy_name} if isinstance(tokenizer, Defined) else set())
-    found = {name: corpus.decode(split.tokens_N).splitlines() for name, split in corpus.splits.items()}
+    found = {name: corpus.tokenizer.decode(split.tokens_N).splitlines() for name, split in corpus.splits.items()}
     assert {name: len(lines) for name, lines in found.items()} == {"train": 96, "validation": 12, "test": 12}
     assert sorted(line for lines in found.values() for line in lines) == sorted(texts)
     for name, split in corpus.splits.items():
@@ -115,16 +116,11 @@ def test_what_is_prepared_is_what_is_read(tokenizer, tmp_path: Path, monkeypatch
 
 def test_an_epoch_of_shards_holds_each_token_once(config: TextFiles) -> None:
     corpus = config.load()
-    windows = corpus.train_windows(32)
-    batch = corpus.train(0, np.arange(windows, 2 * windows), 32)
+    rows = Loader(corpus=corpus, sequence_length=32)
+    windows = rows.epoch_samples[""]
+    batch = rows.train(np.arange(windows, 2 * windows))
     real = batch["segments"] > 0
     assert sorted(batch["targets"][real]) == sorted(corpus.splits["train"].tokens_N[1:])
-
-
-def test_who_joins_documents_reads_the_same_shards(config: TextFiles) -> None:
-    joined = dataclasses.replace(config, isolate_documents=False)
-    assert joined.prepared_folder() == config.prepared_folder()
-    assert joined.load().train(0, [0], 64)["segments"].max() == 1 < config.load().train(0, [0], 512)["segments"].max()
 
 
 FILES = [config for config in SIZES if isinstance(config, Given)]
@@ -268,7 +264,7 @@ def test_a_tokenizer_learns_from_all_parts_of_the_training_text_alone(
         return whole(tokenizer, seen)
 
     corpus = config.load()
-    train = corpus.decode(corpus.splits["train"].tokens_N).splitlines()
+    train = corpus.tokenizer.decode(corpus.splits["train"].tokens_N).splitlines()
     monkeypatch.setattr(Bpe, "learn", learn)
     monkeypatch.setattr(Bpe, "training_bytes", lambda self: most)
     lines: list[str] = []
@@ -331,7 +327,7 @@ def test_a_flipped_bit_is_found_by_verify_and_mended_by_prepare(config: TextFile
         (lambda text: text[:-20], "is no manifest of prepared text"),
         (lambda text: "[]", "is no manifest of prepared text"),
         (lambda text: '{"a": 1}', "is no manifest of prepared text"),
-        (lambda text: text.replace("text 1", "text 2"), "has the format 'mtx prepared text 2'; this program reads"),
+        (lambda text: text.replace("text 2", "text 3"), "has the format 'mtx prepared text 3'; this program reads"),
     ],
 )
 def test_a_damaged_manifest_is_named(change, message: str, config: TextFiles) -> None:
@@ -350,7 +346,7 @@ def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
     folder = config.prepared_folder()
     manifest = Manifest.read(folder)
     for source in manifest.sources:
-        raw = Path(source.path).read_bytes()
+        raw = Path(source.name).read_bytes()
         assert source.sha256 == hashlib.sha256(raw).hexdigest()
         assert (source.bytes, source.documents, source.empty, source.bad) == (len(raw), 40, 0, {})
     assert list(manifest.splits) == ["train", "validation", "test"]
@@ -405,7 +401,7 @@ def test_loading_needs_no_heavy_package_and_little_time(config: TextFiles) -> No
     folder = config.prepared_folder()
     writer = Writer(folder, "train", "uint16", 256)
     for tokens in [np.arange(3)] * 300_000:
-        writer.add(tokens, 3)
+        writer.add([tokens], 3)
     splits = Manifest.read(folder).splits | {"train": writer.finish()}
     writer.publish()
     dataclasses.replace(Manifest.read(folder), splits=splits).write(folder)

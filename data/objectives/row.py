@@ -1,8 +1,9 @@
 """A row: one sample of a batch, and what all objectives share."""
 
+import abc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -101,17 +102,43 @@ class Frame:
         return token
 
 
-class WindowObjective(Protocol):
-    """An objective over windows of a stream."""
+class Objective:
+    """Base of objectives, with what the plainest one says."""
 
     purpose: ClassVar[str]
     """Of its random numbers: `generator(seed, purpose, source, epoch, index)`."""
-    needs: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
     """The special tokens that it uses, as fields of `Specials`."""
 
-    def check(self) -> Iterator[tuple[str, str]]: ...
-    def window_length(self, sequence_length: int) -> int: ...
-    def row(self, window: Window, frame: Frame, draws: Draws) -> Row: ...
+    @property
+    def attention(self) -> Literal["causal", "prefix", "both"]:
+        """What a token must see: those before it; these and its prefix, which the rows name; all of its segment."""
+        return "causal"
+
+    @property
+    def by_word(self) -> bool:
+        """Whether it must know which tokens start a word."""
+        return False
+
+    def sentinels(self, sequence_length: int) -> int:
+        """How many it uses, of rows so long."""
+        return 0
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, what is wrong with its value and what to type) for each wrong field."""
+        yield from ()
+
+
+class WindowObjective(Objective, abc.ABC):
+    """An objective over windows of a stream."""
+
+    def window_length(self, sequence_length: int) -> int:
+        """Targets of the window that makes a row of `sequence_length` positions."""
+        return sequence_length
+
+    @abc.abstractmethod
+    def row(self, window: Window, frame: Frame, draws: Draws) -> Row:
+        """A window as a row."""
 
 
 class Example(NamedTuple):

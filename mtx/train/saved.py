@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from data import Corpus
+from data import Loader, Text
 from mtx import config as configs
 from mtx.checkpoint import DigestError, Found, Store
 from mtx.config import Config, Loaded
@@ -31,7 +31,7 @@ FOLDER = "checkpoints"
 EARLIER = "earlier"
 FREE = ("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths")
 """Fields below `MEANING` that change how things are computed or where they lie, not what they are."""
-MEANING = ("model", "data", "batch.sequence_length", "seed", "precision.params")
+MEANING = ("model", "data", "objective", "packing", "curriculum", "batch.sequence_length", "seed", "precision.params")
 """What a model and its data are. What they hold is compared by digests besides."""
 
 
@@ -77,7 +77,7 @@ def this_process() -> str:
     return f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
-def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept_changes: bool) -> Start:
+def start(loaded: Loaded, program: Program, corpus: Text, store: Store, accept_changes: bool) -> Start:
     """The newest checkpoint that verifies; a new state where there is none.
 
     Raises: CheckpointError if there are checkpoints and none can be used, or one does not fit the config;
@@ -125,7 +125,7 @@ def set_aside(workdir: Path, first: bool) -> None:
     log.info("an earlier run of this folder is now in %s", into)
 
 
-def refuse_changes(found: Found, config: Config, corpus: Corpus, accept_changes: bool) -> None:
+def refuse_changes(found: Found, config: Config, corpus: Text, accept_changes: bool) -> None:
     """Says what changed since the checkpoint. Raises: ConfigError if that changes the meaning of model or data."""
     about = found.manifest.about
     changed = configs.differences(about["config"], config)
@@ -159,7 +159,7 @@ def _means(path: str) -> bool:
     return under(MEANING) and not under(FREE)
 
 
-def warm_start(path: Path, program: Program, corpus: Corpus, accept_changes: bool) -> tuple[Any, Found]:
+def warm_start(path: Path, program: Program, corpus: Text, accept_changes: bool) -> tuple[Any, Found]:
     """Weights of the newest checkpoint of a run folder, or of one step's folder; nothing else of it."""
     found, params = weights(path, program)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest and not accept_changes:
@@ -190,7 +190,7 @@ def weights(path: Path, program: Program, step: int | None = None) -> tuple[Foun
 def about(
     config: Config,
     program: Program,
-    corpus: Corpus,
+    corpus: Text,
     *,
     samples: int,
     tokens: int,
@@ -219,7 +219,7 @@ class Opened:
 
     config: Config
     program: Program
-    corpus: Corpus
+    loader: Loader
     params: Any
     step: int
 
@@ -237,7 +237,8 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
         config = dataclasses.replace(config, mesh=MeshConfig())
         count = 1
     configs.check(config, count)
-    corpus = load_data(config)
+    loader = load_data(config)
+    corpus = loader.corpus
     program = build(config, jax.devices()[:count])
     found, params = weights(folder, program, step)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
@@ -247,7 +248,7 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
         )
     if found.manifest.about["data"] != corpus.digest:
         log.warning("the text is not what the run was trained on: now %s", corpus.source)
-    return Opened(config, program, corpus, params, found.step)
+    return Opened(config, program, loader, params, found.step)
 
 
 def _fits(config: Config, devices: int) -> bool:
