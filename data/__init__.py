@@ -9,6 +9,7 @@ numbers of the samples.
 from data.blended import Blend, Blended, Phase, Weighted, sources_of
 from data.corpus import Corpus, Split
 from data.loader import Loader, Origin, Text
+from data.megatron_shards import MegatronShards
 from data.objectives import (
     AnyObjective,
     CausalLm,
@@ -58,6 +59,7 @@ __all__ = [
     "LengthWarmup",
     "Loader",
     "MaskedLm",
+    "MegatronShards",
     "Origin",
     "Phase",
     "Pick",

@@ -9,11 +9,12 @@ from typing import Any
 
 from data.blend import Order, capped
 from data.corpus import Corpus
+from data.megatron_shards import MegatronShards
 from data.python_docs import PythonDocs
 from data.text_files import TextFiles
 from data.tokenizer import Tokenizer
 
-Source = PythonDocs | TextFiles
+Source = PythonDocs | TextFiles | MegatronShards
 """What a blend can be made of."""
 
 

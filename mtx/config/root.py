@@ -17,6 +17,7 @@ from data import (
     Curriculum,
     LengthWarmup,
     Loader,
+    MegatronShards,
     PythonDocs,
     Text,
     TextFiles,
@@ -60,7 +61,7 @@ class Config:
 
     model: Transformer
     """The network."""
-    data: PythonDocs | TextFiles | Blend
+    data: PythonDocs | TextFiles | MegatronShards | Blend
     """Where tokens come from."""
     batch: BatchConfig
     """How many tokens a step sees."""
