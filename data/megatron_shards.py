@@ -252,7 +252,7 @@ def _measured(split: Split, tokenizer: Tokenizer) -> tuple[Split, float | None]:
     yardstick, text_bytes = Gzip(), 0
     ends_D = _ends(split).tolist()
     for start, end in zip([0, *ends_D], ends_D, strict=False):
-        text = tokenizer.decode(split.tokens_N[start : end - 1].tolist()).encode(errors="replace")
+        text = tokenizer.decode(split.tokens_N[start : max(end - 1, start)].tolist()).encode(errors="replace")
         yardstick.add(text)
         text_bytes += len(text)
     return dataclasses.replace(split, bytes=text_bytes or None), yardstick.bits_per_byte()
