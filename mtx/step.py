@@ -287,6 +287,15 @@ class Program:
 
         return Batch(**{name: one(arrays[name]) for name in Batch._fields if name in arrays})
 
+    def share_of_rows(self) -> tuple[int, int]:
+        """(which, of how many): the part of every batch's rows that this process loads; others may load the same."""
+        shape = (math.prod(self.mesh.shape.values()),)
+        rows: dict[int, set[int]] = {}
+        for device, index in self.sharding(P(*self.layout.activation("B"))).devices_indices_map(shape).items():
+            rows.setdefault(device.process_index, set()).update(range(*index[0].indices(shape[0])))
+        parts = sorted({tuple(sorted(held)) for held in rows.values()})
+        return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
     def _place(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.reshard(x, spec) if self.mesh.size > 1 else x
 
