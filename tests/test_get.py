@@ -364,7 +364,7 @@ def test_a_corpus_is_got_and_listed(mirror: Path, tmp_path: Path, capsys: pytest
     assert main.main(words) == 0
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "1 austen 1 0.0 r-cran-janeaustenr 1.0.0-1 public domain (packaging: MIT)" in out
-    assert out[-1] == f"to train on it: python main.py --config FILE data=TextFiles data.paths={tmp_path / 'austen'}"
+    assert out[-1] == f"to train on it: python main.py --config FILE data=TextFiles data.paths=a/b"
 
 
 def test_get_imports_no_jax() -> None:
