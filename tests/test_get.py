@@ -354,8 +354,11 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(
 
 
 @needs_apt
-def test_a_corpus_is_got_and_listed(mirror: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["main.py", "data", "get", "austen", "--out", str(tmp_path / "austen")]
+def test_a_corpus_is_got_and_listed(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["main.py", "data", "get", "austen", "--out", "a/b"]
     assert main.main(words) == 65
     assert "error: no package of the recipe can be had" in capsys.readouterr().err
     index, store = r_package({"emma": r_strings(["CHAPTER I", LONG])})
@@ -364,7 +367,7 @@ def test_a_corpus_is_got_and_listed(mirror: Path, tmp_path: Path, capsys: pytest
     assert main.main(words) == 0
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "1 austen 1 0.0 r-cran-janeaustenr 1.0.0-1 public domain (packaging: MIT)" in out
-    assert out[-1] == f"to train on it: python main.py --config FILE data=TextFiles data.paths=a/b"
+    assert out[-1] == "to train on it: python main.py --config FILE data=TextFiles data.paths=a/b"
 
 
 def test_get_imports_no_jax() -> None:
