@@ -6,16 +6,19 @@ import json
 import shutil
 import struct
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
 
+import main
 from data.get import formats, recipe, run
 from data.get.markup import decode, strip_html, strip_osis
 from data.get.r_data import vectors
 from data.get.sources import ANARCHISM_PAGE, DEBIAN, HANDBOOK_PAGE, KERNEL_PAGE, POSTGRES_PAGE
 
+ROOT = Path(__file__).resolve().parent.parent
 LONG = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want. " * 2
 )
@@ -348,6 +351,29 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="there is no apt-get here, and this recipe takes Debian packages apart"):
         run("austen", tmp_path / "corpus", lambda line: None)
+
+
+@needs_apt
+def test_a_corpus_is_got_and_listed(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["main.py", "data", "get", "austen", "--out", "a/b"]
+    assert main.main(words) == 65
+    assert "error: no package of the recipe can be had" in capsys.readouterr().err
+    index, store = r_package({"emma": r_strings(["CHAPTER I", LONG])})
+    where = "usr/lib/R/site-library/janeaustenr/data/Rdata"
+    package(mirror, "r-cran-janeaustenr", "1.0.0-1", {f"{where}.rdx": index, f"{where}.rdb": store})
+    assert main.main(words) == 0
+    out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "1 austen 1 0.0 r-cran-janeaustenr 1.0.0-1 public domain (packaging: MIT)" in out
+    assert out[-1] == "to train on it: python main.py --config FILE data=TextFiles data.paths=a/b"
+
+
+def test_get_imports_no_jax() -> None:
+    program = "import sys, main; print(main.main(['main.py', 'data', 'get', 'austin']), 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "64 False\n"
 
 
 @needs_apt

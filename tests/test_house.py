@@ -20,7 +20,7 @@ PACKAGES = ("mtx", "pallas_kernels", "data", "configs")
 OURS = {*PACKAGES, "main", "tests", "benchmarks"}
 
 # A module of mtx imports only modules before it. Add a new one where it belongs, here and in the README's tree.
-VERBS = ("evaluate", "generate", "prepare", "convert", "doctor", "launch", "compare")
+VERBS = ("evaluate", "generate", "prepare", "data_tools", "convert", "doctor", "launch", "compare")
 ORDER = (
     *(
         "errors",

@@ -107,7 +107,7 @@ def read_manifest(folder: Path) -> list[Written]:
 def _make(todo: list[Source], done: dict[str, Written], folder: Path, progress: Progress) -> dict[str, str]:
     """Writes sources into `folder` and `done`; returns those that are lacking."""
     lacking: dict[str, str] = {}
-    downloads = Apt(folder / DOWNLOADS)
+    downloads = Apt((folder / DOWNLOADS).absolute())
     progress("fetches the lists of packages")
     complaint = downloads.update()
     packages = _by_package(downloads, todo, lacking)
