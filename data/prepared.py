@@ -289,6 +289,14 @@ class Prepared(abc.ABC):
             gzip_bits_per_byte=manifest.gzip_bits_per_byte,
         )
 
+    def part_of(self, split: str, document: int) -> str | None:
+        """The name of the part that a split's document of this number is of."""
+        for source in Manifest.read(self.prepared_folder()).sources:
+            if document < (here := source.documents.get(split, 0)):
+                return source.name
+            document -= here
+        return None
+
     def verify(self) -> None:
         """Reads every byte of the shards. Raises: ValueError that names a damaged file."""
         manifest, folder = self.manifest(), self.prepared_folder()
