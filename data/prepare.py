@@ -1,40 +1,40 @@
-"""Files of text to token shards, in two passes that hold one batch of documents, whatever the text's size.
+"""A source's text to token shards, by several processes, in pieces that outlast whoever makes them.
 
-The first reads everything, finds what is bad, and writes an 8-byte hash of each document to a file; sorted, it
-says below which hash the training split ends. The second tokenizes and writes. All has temporary names until the
-end, and the manifest comes last: a preparation that is killed leaves what was there before, or no manifest.
+The text is cut into units. A first pass, where it is needed, reads all, finds what is bad, and keeps an 8-byte hash of
+each document; sorted, they say below which hash the training split ends. The second tokenizes. Each leaves a finished
+piece a unit (data/pieces.py); those of the second, joined in the order of the units, are the shards. Shards have
+temporary names until the end, and the manifest comes last: a preparation that is killed leaves what was there before,
+or no manifest, and pieces to go on from.
 """
 
 import contextlib
 import errno
 import hashlib
 import os
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data import sources
-from data.corpus import Gzip
+from data import passes, sources
+from data.corpus import GZIP_BYTES, Gzip
 from data.manifest import NAME, Manifest, Source, sync
-from data.prepared import SPLITS, Document, Part, Prepared, Skip, Slice, Tokenized
-from data.records import Reading
-from data.shards import TEMPORARY, Shard, Writer, dtype_of
-from data.splitting import HASH, Borders, borders, split_of, text_hash
-from data.streams import Bad, BadFile
-from data.tokenizer import COPY_NAMES, AnyTokenizer, Bytes, ByteTokenizer, Defined, Given, Tokenizer, read_file
+from data.passes import AT_REST, Found, Plan, Unit
+from data.pieces import Pieces
+from data.prepared import SPLITS, Part, Prepared, Slice
+from data.shards import CHUNK, TEMPORARY, Piece, Shard, Writer, dtype_of
+from data.splitting import HASH, Borders, borders
+from data.stages import Policy, Progress, Said, Stages, place, size_of, units_of
+from data.streams import Bad
+from data.tokenizer import COPY_NAMES, AnyTokenizer, Bytes, ByteTokenizer, Defined, Given, Learned, Tokenizer, read_file
+from data.workers import Workers
 
-BATCH_BYTES = 1 << 20
-"""Text that is tokenized at once; `tokenizers` needs some hundred times as much meanwhile."""
-REPORT_S = 2.0
-"""Between progress lines."""
-SPOOL_BYTES = 1 << 20
-"""Buffer of the file of hashes."""
-
-Progress = Callable[[str], None]
+UNIT_BYTES = 32 << 20
+"""About what a worker reads at once, and what is done again after a kill."""
+ALONE_BYTES = 8 << 20
+"""Less is sooner read than a worker started."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def run(config: Prepared, progress: Progress, *, workers: int | None = None) -> None:
@@ -46,17 +46,20 @@ def run(config: Prepared, progress: Progress, *, workers: int | None = None) -> 
             if config.is_prepared():
                 try:
                     config.verify()
+                    Pieces(folder).remove_all()
                     progress(f"{folder} is up to date: every byte of its shards is as it was written")
                     return
                 except ValueError as error:
                     progress(f"prepares {folder} again: {error}")
             _remove_temporaries(folder)
             try:
-                _prepare(config, folder, progress)
+                _prepare(config, folder, progress, workers or len(os.sched_getaffinity(0)))
             finally:
                 _remove_temporaries(folder)
     except OSError as error:
-        raise ValueError(f"{error.filename or folder}: cannot be written: {error.strerror or error}.") from error
+        kept = f"what is finished is kept in {Pieces(folder).folder}, and the same command goes on from it"
+        todo = f" Free some, or set data.folder to a larger disk; {kept}." if error.errno in FULL else ""
+        raise ValueError(f"{error.filename or folder}: cannot be written: {error.strerror or error}.{todo}") from error
 
 
 @contextlib.contextmanager
@@ -82,189 +85,88 @@ def _locked(folder: Path) -> Iterator[None]:
 def _remove_temporaries(folder: Path) -> None:
     for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink()
-
-
-class _Meter:
-    """Progress lines."""
-
-    def __init__(self, progress: Progress, verb: str, total_bytes: int) -> None:
-        self._progress, self._verb, self._total = progress, verb, total_bytes
-        self._started = self._said = time.monotonic()
-        self.bytes, self.documents, self.tokens = 0, 0, 0
-
-    def count(self, found: int) -> None:
-        self.bytes += found
-        if time.monotonic() - self._said > REPORT_S:
-            self._said = time.monotonic()
-            self.say()
-
-    def say(self) -> None:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        tokens = f", {self.tokens:,} tokens" if self.tokens else ""
-        self._progress(
-            f"{self._verb}  {self.bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB, "
-            f"{self.bytes / 1e6 / seconds:.1f} MB/s, {self.documents:,} documents{tokens}"
-        )
-
-
-class _Policy:
-    """Counts bad records; raises at the first, or at one too many."""
-
-    def __init__(self, config: Prepared) -> None:
-        self._budget = config.bad_records.budget if isinstance(config.bad_records, Skip) else None
-        self.counts: dict[str, Counter[str]] = {}
-
-    def report(self, bad: Bad) -> None:
-        if self._budget is None:
-            raise ValueError(f"{bad} Mend it, or leave such records out: data.bad_records=Skip.")
-        self.counts.setdefault(bad.path, Counter())[bad.reason] += 1
-        total = sum(counter.total() for counter in self.counts.values())
-        if total > self._budget:
-            reasons = ", ".join(f"{reason} {n}" for reason, n in sum(self.counts.values(), Counter()).most_common())
-            raise ValueError(
-                f"{total} bad records ({reasons}) are more than data.bad_records.budget={self._budget}; the last: "
-                f"{bad} Mend them, or set a larger budget."
-            )
-
-    def of(self, path: str) -> dict[str, int]:
-        """A file's bad records by reason."""
-        return dict(sorted(self.counts.get(path, Counter()).items()))
+    Pieces(folder).remove_temporaries()
 
 
 @dataclass
-class _Source:
-    """A part while it is prepared."""
+class _Text:
+    """What becomes known of the text."""
 
-    part: Part
-    sha256: str | None = None
-    documents: int = 0
-    empty: int = 0
+    parts: list[Part]
+    hashes: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of parts, by name, that were read as a whole."""
+    units: list[Unit] = field(default_factory=list)
+    """Without what is bad as a whole."""
+    found: dict[Slice, Found] = field(default_factory=dict)
+    """In the last pass, of the slices in `units`."""
 
-
-def _prepare(config: Prepared, folder: Path, progress: Progress) -> None:
-    if ignored := config.ignored():
-        names = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-        progress(f"ignores {len(ignored)} hidden files or files of no known kind: {names}")
-    if isinstance(config.tokenizer, Given):  # refused before hours of reading
-        read_file(config.tokenizer, config.tokenizer.original())
-    files = [_Source(part) for part in config.parts()]
-    policy = _Policy(config)
-    ends, text_bytes = _survey(config, files, folder, policy, progress)
-    tokenizer = _tokenizer(config, files, folder, ends, text_bytes, progress)
-    writers = {name: Writer(folder, name, dtype_of(tokenizer.vocab_size), tokenizer.end_of_document) for name in ends}
-    yardstick = Gzip()
-    try:
-        splits = _write(config, files, writers, tokenizer, ends, yardstick, progress)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    manifest = Manifest(
-        recipe=config.recipe(),
-        sources=[
+    def sources(self, policy: Policy) -> list[Source]:
+        """For the manifest."""
+        found: dict[str, list[Found]] = {part.name: [] for part in self.parts}
+        for piece, one in self.found.items():
+            found[piece.part.name].append(one)
+        return [
             Source(
-                file.part.name,
-                file.part.fingerprint,
-                file.part.bytes,
-                file.sha256,
-                file.documents,
-                file.empty,
-                policy.of(file.part.name),
+                name=part.name,
+                fingerprint=part.fingerprint,
+                bytes=part.bytes,
+                sha256=self._sha256(part, found[part.name]),
+                documents=sum(one.documents for one in found[part.name]),
+                empty=sum(one.empty for one in found[part.name]),
+                bad=policy.of(part.name),
             )
-            for file in files
-        ],
-        ignored=ignored,
-        tokenizer=tokenizer.digest,
-        vocab_size=tokenizer.vocab_size,
-        end_of_document=tokenizer.end_of_document,
-        splits=splits,
-        gzip_bits_per_byte=yardstick.bits_per_byte(),
-    )
-    _publish(config.tokenizer, folder, writers.values(), manifest)
+            for part in self.parts
+        ]
+
+    def _sha256(self, part: Part, found: list[Found]) -> str | None:
+        if len(found) < 2:
+            return found[0].sha256 if found else None
+        return self.hashes.get(part.name) or hashlib.sha256("".join(one.sha256 for one in found).encode()).hexdigest()
 
 
-def _survey(
-    config: Prepared, files: list[_Source], folder: Path, policy: _Policy, progress: Progress
-) -> tuple[Borders, int]:
-    """The first pass: reads everything, fills in `files`, and says where each split ends and how long the text is."""
-    path = folder / f"hashes{TEMPORARY}"
-    meter = _Meter(progress, "reading", sum(file.part.bytes for file in files))
-    text_bytes = 0
-    with open(path, "wb", buffering=SPOOL_BYTES) as spool:
-        for file in files:
-            start, text_bytes_before = spool.tell(), text_bytes
-            reading = Reading(file.part.name, policy.report, meter.count)
-            content = hashlib.sha256()
-            try:
-                for document in config.read(Slice(file.part), reading):
-                    content.update(_content(document))
-                    if _is_empty(document):
-                        file.empty += 1
-                        continue
-                    spool.write(text_hash(_content(document)).to_bytes(HASH.itemsize, "little"))
-                    file.documents += 1
-                    meter.documents += 1
-                    text_bytes += _text_bytes(document)
-                file.sha256 = reading.sha256 or content.hexdigest()
-            except BadFile as error:
-                policy.report(error.bad)
-                meter.documents -= file.documents
-                file.documents, file.empty, text_bytes = 0, 0, text_bytes_before
-                spool.seek(start)
-                spool.truncate()
-    meter.say()
-    for bad, counter in policy.counts.items():
-        reasons = ", ".join(f"{reason} {n}" for reason, n in counter.most_common())
-        progress(f"leaves out {counter.total()} bad records of {bad}: {reasons}")
-    if (fixed := {file.part.split for file in files}) != {None}:
-        assert None not in fixed, "all parts have a split, or none"
-        return {name: 0 for name in SPLITS if name in fixed}, text_bytes
-    hashes_N = np.memmap(path, HASH, "r+") if meter.documents else np.empty(0, HASH)
-    hashes_N.sort()  # in the file: the system writes back what memory does not hold
-    try:
-        return borders(hashes_N, config.shares()), text_bytes
-    except ValueError as error:
-        raise config.too_few(str(error)) from error
+def _prepare(config: Prepared, folder: Path, progress: Progress, wanted: int) -> None:
+    most = min(wanted, config.most_workers or wanted)
+    if not config.in_workers and (wanted == 1 or sum(part.bytes for part in config.parts()) < ALONE_BYTES):
+        most = 0
+    policy = Policy(config)
+    with Workers(most) as workers:
+        stages = Stages(config, Pieces(folder), workers, progress)
+        if ignored := stages.ask(config.ignored):
+            names = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+            progress(f"ignores {len(ignored)} hidden files or files of no known kind: {names}")
+        if isinstance(config.tokenizer, Given):  # refused before hours of reading
+            _save(_definition(config, folder), stages.ask(config.definition))
+        text = _Text(stages.ask(config.parts))
+        _cut(stages, text)
+        ends = _survey(stages, text, policy)
+        tokenizer = _tokenizer(stages, text, ends)
+        pieces = _write(stages, text, policy, ends, tokenizer, most)
+        if changed := set(stages.ask(config.parts)).symmetric_difference(text.parts):
+            raise ValueError(f"{min(part.name for part in changed)} {AT_REST}")
+    with contextlib.ExitStack() as open_files:
+        writers = {}
+        for name in ends:
+            writers[name] = Writer(folder, name, dtype_of(tokenizer.vocab_size), tokenizer.end_of_document)
+            open_files.callback(writers[name].close)
+        splits = {name: _join(config, name, writer, pieces) for name, writer in writers.items()}
+        manifest = Manifest(
+            recipe=stages.recipe,
+            sources=text.sources(policy),
+            ignored=ignored,
+            tokenizer=tokenizer.digest,
+            vocab_size=tokenizer.vocab_size,
+            end_of_document=tokenizer.end_of_document,
+            splits=splits,
+            gzip_bits_per_byte=_yardstick(splits, pieces),
+        )
+        _publish(config.tokenizer, folder, writers.values(), manifest)
+    stages.pieces.remove_all()
 
 
-def _content(document: Document) -> bytes:
-    """What tells documents apart."""
-    if isinstance(document, Tokenized):
-        return b"\0".join(np.asarray(tokens, "<i8").tobytes() for tokens in document.sequences)
-    return b"\0".join(document)
-
-
-def _is_empty(document: Document) -> bool:
-    """Whether its last sequence is: what follows a prompt."""
-    if isinstance(document, Tokenized):
-        return not len(document.sequences[-1])
-    return not document[-1].strip()
-
-
-def _text_bytes(document: Document) -> int:
-    return document.bytes if isinstance(document, Tokenized) else sum(map(len, document))
-
-
-def _split(file: _Source, document: Document, ends: Borders) -> str:
-    return file.part.split or split_of(_content(document), ends)
-
-
-def _tokenizer(
-    config: Prepared, files: list[_Source], folder: Path, ends: Borders, text_bytes: int, progress: Progress
-) -> Tokenizer:
-    """The tokenizer; its definition is put beside the shards, still under a temporary name."""
-    wanted = config.tokenizer
-    if isinstance(wanted, Bytes):
-        return ByteTokenizer()
-    temporary = folder / (wanted.copy_name + TEMPORARY)
-    if isinstance(wanted, Given):
-        definition = config.definition()
-    else:
-        most = wanted.training_bytes()
-        part = f"{most / 1e6:.0f} MB of the training text, spread over it" if text_bytes > most else "the training text"
-        progress(f"learning {wanted.vocab_size:,} tokens from {part}")
-        definition = wanted.learn(_training_texts(config, files, ends, text_bytes, most))
-    _save(temporary, definition)
-    return read_file(wanted, temporary)
+def _definition(config: Prepared, folder: Path) -> Path:
+    """Where the tokenizer's definition is until the shards are."""
+    assert isinstance(config.tokenizer, Defined)
+    return folder / (config.tokenizer.copy_name + TEMPORARY)
 
 
 def _save(path: Path, content: bytes) -> None:
@@ -274,95 +176,136 @@ def _save(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _training_texts(
-    config: Prepared, files: list[_Source], ends: Borders, text_bytes: int, most_bytes: int
-) -> Iterator[str]:
-    """Documents of the training split, all or, of a longer text, as many bytes from every part of it."""
-    seen, taken = 0, 0
-    for file, document in _documents(config, files, lambda found: None):
-        assert not isinstance(document, Tokenized), "who brings tokens has a tokenizer"
-        if _split(file, document, ends) == "train" and taken * text_bytes <= seen * most_bytes:
-            for text in document:
-                part = text[: most_bytes - taken].decode(errors="ignore")  # a character that the cut goes through
-                taken += len(text)
-                yield part
-                if taken >= most_bytes:
-                    return
-        seen += _text_bytes(document)
+def _cut(stages: Stages, text: _Text) -> None:
+    """Large parts into slices, slices into units."""
+    large = [part for part in text.parts if part.bytes > UNIT_BYTES]
+    jobs = [
+        stages.job("cut", [part.name, part.fingerprint, UNIT_BYTES], part.bytes, passes.cut, part, UNIT_BYTES)
+        for part in large
+    ]
+    slices = {part.name: [Slice(part)] for part in text.parts}
+    for part, said in zip(large, stages.run("cut", "looking", jobs), strict=True):
+        slices[part.name] = [Slice(part, *place) for place in said["slices"]]
+        if said["sha256"]:
+            text.hashes[part.name] = said["sha256"]
+    text.units = units_of([piece for pieces in slices.values() for piece in pieces], UNIT_BYTES)
 
 
-def _documents(
-    config: Prepared, files: list[_Source], count: Callable[[int], None]
-) -> Iterator[tuple[_Source, Document]]:
-    """What the first pass found good and not empty, again."""
-    for file in files:
-        if file.sha256 is None:
+def _survey(stages: Stages, text: _Text, policy: Policy) -> Borders:
+    """The first pass: says where each split ends. With splits that are known there is none, but to learn from."""
+    config = stages.config
+    fixed = {part.split for part in text.parts}
+    known = {name: 0 for name in SPLITS if name in fixed}
+    if known and not isinstance(config.tokenizer, Learned):
+        return known
+    jobs = [
+        stages.job("survey", [[place(piece) for piece in unit]], size_of(unit), passes.survey, unit, policy.most_bad)
+        for unit in text.units
+    ]
+    broken = set()
+    for unit, said in zip(text.units, stages.run("survey", "reading", jobs), strict=True):
+        _take(unit, said, text, policy, broken)
+    for name, counter in policy.counts.items():
+        reasons = ", ".join(f"{reason} {n}" for reason, n in counter.most_common())
+        stages.progress(f"leaves out {counter.total()} bad records of {name}: {reasons}")
+    ends = known or _borders(stages, [stages.pieces.path(job.name) for job in jobs], text, broken)
+    text.found = {piece: one for piece, one in text.found.items() if piece.part.name not in broken}
+    text.units = [good for unit in text.units if (good := tuple(piece for piece in unit if piece in text.found))]
+    return ends
+
+
+def _take(unit: Unit, said: Said, text: _Text, policy: Policy, broken: set[str]) -> None:
+    """What a piece says of its slices. Raises: ValueError for too many bad records."""
+    for piece, one in zip(unit, map(Found.of, said["slices"]), strict=not said["stopped"]):
+        text.found[piece] = one
+        if piece.part.name in broken:
             continue
-        reading = Reading(file.part.name, lambda bad: None, count)
-        content = hashlib.sha256()
-        try:
-            for document in config.read(Slice(file.part), reading):
-                content.update(_content(document))
-                if not _is_empty(document):
-                    yield file, document
-        except BadFile as error:
-            raise ValueError(f"{error} It changed while it was read; prepare it when it is at rest.") from error
-        if (reading.sha256 or content.hexdigest()) != file.sha256:
-            raise ValueError(f"{file.part.name} changed while it was read; prepare it when it is at rest.")
+        for bad in one.bad:
+            policy.report(Bad(piece.part.name, *bad))
+        if one.broken:
+            broken.add(piece.part.name)
+    if said["stopped"]:
+        raise ValueError(str(Bad(piece.part.name, *one.bad[-1])))
 
 
-def _batches(items: Iterable[tuple[_Source, Document]]) -> Iterator[list[tuple[_Source, Document]]]:
-    """Lists of about `BATCH_BYTES` of text."""
-    batch, size = [], 0
-    for item in items:
-        batch.append(item)
-        size += _text_bytes(item[1])
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _borders(stages: Stages, pieces: Sequence[Path], text: _Text, broken: set[str]) -> Borders:
+    """Where the splits end, by the hashes of all documents."""
+    path = stages.pieces.folder.parent / f"hashes{TEMPORARY}"
+    with open(path, "wb") as spool:
+        for piece, unit in zip(pieces, text.units, strict=True):
+            hashes_N, at = np.fromfile(piece / passes.HASHES, HASH), 0
+            for one in unit:
+                end = at + text.found[one].documents
+                if one.part.name not in broken:
+                    spool.write(hashes_N[at:end])
+                at = end
+        size = spool.tell()
+    hashes_N = np.memmap(path, HASH, "r+") if size else np.empty(0, HASH)
+    hashes_N.sort()  # in the file: the system writes back what memory does not hold
+    try:
+        return borders(hashes_N, stages.config.shares())
+    except ValueError as error:
+        raise stages.config.too_few(str(error)) from error
+
+
+def _tokenizer(stages: Stages, text: _Text, ends: Borders) -> Tokenizer:
+    """The tokenizer; its definition is put beside the shards, still under a temporary name."""
+    wanted = stages.config.tokenizer
+    if isinstance(wanted, Bytes):
+        return ByteTokenizer()
+    path = _definition(stages.config, stages.pieces.folder.parent)
+    if isinstance(wanted, Learned):
+        most, size = wanted.training_bytes(), sum(one.bytes for one in text.found.values())
+        part = f"{most / 1e6:.0f} MB of the training text, spread over it" if size > most else "the training text"
+        stages.progress(f"learning {wanted.vocab_size:,} tokens from {part}")
+        slices = [piece for unit in text.units for piece in unit]
+        content = [[[place(piece), text.found[piece].sha256] for piece in slices], ends]
+        job = stages.job("tokenizer", content, size_of(slices), passes.learn, slices, ends, size)
+        list(stages.run("tokenizer", "learning", [job]))
+        _save(path, (stages.pieces.path(job.name) / passes.DEFINITION).read_bytes())
+    return read_file(wanted, path)
 
 
 def _write(
-    config: Prepared,
-    files: list[_Source],
-    writers: dict[str, Writer],
-    tokenizer: Tokenizer,
-    ends: Borders,
-    yardstick: Gzip,
-    progress: Progress,
-) -> dict[str, Shard]:
-    """The second pass: tokenizes into the writers."""
-    meter = _Meter(progress, "writing", sum(file.part.bytes for file in files))
-    for batch in _batches(_documents(config, files, meter.count)):
-        for (file, document), tokens in zip(batch, _tokens(tokenizer, [item[1] for item in batch]), strict=True):
-            if not len(tokens[-1]):
-                file.documents, file.empty = file.documents - 1, file.empty + 1
-                continue
-            name = _split(file, document, ends)
-            writers[name].add(tokens, _text_bytes(document))
-            if name == "validation" and not isinstance(document, Tokenized):
-                for text in document:
-                    yardstick.add(text)
-            meter.documents += 1
-            meter.tokens += sum(map(len, tokens)) + 1
-    meter.say()
-    for name, writer in writers.items():
-        if not writer.documents:
-            raise config.too_few(f"no document of the {name} split has a token in this tokenizer.")
-    return {name: writer.finish() for name, writer in writers.items()}
+    stages: Stages, text: _Text, policy: Policy, ends: Borders, tokenizer: Tokenizer, workers: int
+) -> dict[Path, Said]:
+    """The second pass: the pieces of the shards, in order."""
+    plain = isinstance(stages.config.tokenizer, Bytes)
+    path = None if plain else _definition(stages.config, stages.pieces.folder.parent)
+    threads = max(1, len(os.sched_getaffinity(0)) // min(workers, len(text.units) or 1)) if workers else None
+    plan = Plan(ends, path, tokenizer.digest, threads, None if text.found else policy.most_bad)
+    jobs = []
+    for unit in text.units:
+        known = [text.found[piece].sha256 if text.found else None for piece in unit]
+        content = [[place(piece) for piece in unit], known, ends, tokenizer.digest]
+        jobs.append(stages.job("write", content, size_of(unit), passes.write, unit, known, plan))
+    text.found, pieces = {}, {}
+    for job, unit, said in zip(jobs, text.units, stages.run("write", "writing", jobs), strict=True):
+        if plan.most_bad is not None:
+            _take(unit, said, text, policy, set())
+        text.found.update(zip(unit, map(Found.of, said["slices"]), strict=True))
+        pieces[stages.pieces.path(job.name)] = said
+    return pieces
 
 
-def _tokens(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Sequence[np.ndarray]]:
-    """The sequences of each document."""
-    texts = [text for document in documents if not isinstance(document, Tokenized) for text in document]
-    encoded = iter(tokenizer.encode_batch(texts))
-    for document in documents:
-        if isinstance(document, Tokenized):
-            yield document.sequences
-        else:
-            yield [next(encoded) for _ in document]
+def _join(config: Prepared, name: str, writer: Writer, pieces: dict[Path, Said]) -> Shard:
+    for path, said in pieces.items():
+        writer.append(Piece(**said["splits"][name]), path)
+    if not writer.documents:
+        raise config.too_few(f"no document of the {name} split has a token in this tokenizer.")
+    return writer.finish()
+
+
+def _yardstick(splits: dict[str, Shard], pieces: dict[Path, Said]) -> float | None:
+    """See `Manifest`."""
+    if "validation" not in splits or splits["validation"].bytes > GZIP_BYTES:
+        return None
+    yardstick = Gzip()
+    for path in pieces:
+        with open(path / passes.TEXT, "rb") as file:
+            while block := file.read(CHUNK):
+                yardstick.add(block)
+    return yardstick.bits_per_byte()
 
 
 def _publish(tokenizer: AnyTokenizer, folder: Path, writers: Iterable[Writer], manifest: Manifest) -> None:

@@ -9,8 +9,8 @@ A source is a frozen config derived from `Prepared`, with the fields listed ther
 - `parts()`: named parts in the order of the shards, each with a fingerprint that says if it may have changed, and
   with a split, if all of its documents go to one. Else a hash of each document's text decides, which costs a pass over
   the text before the one that writes.
-- `slices(part, most_bytes)`: how a large part is cut so that several processes can read it; the part and `most_bytes`
-  alone decide. Without it a part is read in one go.
+- `slices(part, most_bytes, reading)`: how a large part is cut so that several processes can read it; the part and
+  `most_bytes` alone decide. Without it a part is read in one go.
 - `read(slice, reading)`: a slice's documents in order, the same every time: each a list of texts (UTF-8, checked:
   valid, without NUL) or `Tokenized`. A record that cannot be used is told to `reading.report(Bad(...))` and left out;
   `BadFile` is raised for a part of which nothing is to be used. What is read is told to `reading.count(bytes)`.
@@ -46,10 +46,12 @@ from data import shards
 from data.corpus import Corpus, Split, digest
 from data.index import open_index
 from data.manifest import Manifest
-from data.records import Reading
+from data.streams import Bad
 from data.tokenizer import AnyTokenizer, Bytes, ByteTokenizer, Given, Tokenizer, read_file
 
 SPLITS = ("train", "validation", "test")
+HASHED_BYTES = 256_000_000
+"""Shards up to this size are read whole whenever they are opened, larger ones when `prepare` is run again."""
 AGAIN = "run the same command with the verb prepare (python main.py prepare --config ...)"
 
 
@@ -95,6 +97,22 @@ class Slice:
     """None: to the end."""
     lines: int = 0
     """How many lines precede it, where a source counts them."""
+    bytes: int | None = None
+    """About what will be counted while it is read; None: all of the part's."""
+
+
+@dataclass
+class Reading:
+    """What a source tells, and what it finds out, while it reads a slice."""
+
+    name: str
+    """Of the part."""
+    report: Callable[[Bad], None]
+    """Is told of a bad record: counts it, or raises what no source catches."""
+    count: Callable[[int], None]
+    """Is told how many bytes were read, as they are."""
+    sha256: str | None = None
+    """Of what was read, once it was read to its end; a source may leave it to `prepare`, which hashes documents."""
 
 
 class Tokenized(NamedTuple):
@@ -156,8 +174,11 @@ class Prepared(abc.ABC):
     def parts(self) -> list[Part]:
         """What the text is made of, in the order of the shards. Raises: ValueError that says what to type."""
 
-    def slices(self, part: Part, most_bytes: int) -> list[Slice]:
-        """How a part is cut, into slices of about `most_bytes` each that are it end to end."""
+    def slices(self, part: Part, most_bytes: int, reading: Reading) -> list[Slice]:
+        """How a part is cut, into slices of about `most_bytes` each that are it end to end.
+
+        `reading.sha256`, if set, is what the manifest says of the part; else it is a hash of the slices' hashes.
+        """
         return [Slice(part)]
 
     @abc.abstractmethod
@@ -180,9 +201,14 @@ class Prepared(abc.ABC):
         """The error of a split that no document is left for."""
         return ValueError(f"{self.described}: {why} Give more text.")
 
+    def sequences(self, document: Sequence[bytes]) -> Sequence[bytes]:
+        """The texts that a document's sequences are made of, which end to end are its own."""
+        return document
+
     def definition(self) -> bytes:
-        """The definition of a tokenizer that was `Given`. Raises: ValueError."""
+        """The definition of a tokenizer that was `Given`. Raises: ValueError that names what is wrong with it."""
         assert isinstance(self.tokenizer, Given)
+        read_file(self.tokenizer, self.tokenizer.original())
         return self.tokenizer.original().read_bytes()
 
     def recipe(self) -> dict:
@@ -242,13 +268,16 @@ class Prepared(abc.ABC):
         return manifest
 
     def load(self) -> Corpus:
-        """Opens the shards, after checks that cost little, whatever their size.
+        """Opens the shards, after checks that take less than a second or so, whatever their size.
 
         Raises: ValueError if there are none, they are damaged, or the text or the settings have changed since.
         """
         folder, manifest = self.prepared_folder(), self.manifest()
         try:
             tokenizer = self.read_tokenizer(folder, manifest)
+            for name, shard in manifest.splits.items():
+                if shard.bin_bytes <= HASHED_BYTES:
+                    shards.verify(folder, name, shard)
             splits = {name: _split(folder, name, shard) for name, shard in manifest.splits.items()}
         except ValueError as error:
             raise ValueError(f"{error} Damaged or replaced: {AGAIN} to write it again.") from error

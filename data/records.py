@@ -1,7 +1,8 @@
 """Documents out of files, strictly: a record that is not what it should be is named, by file and line.
 
-Every reader gives a document's text as UTF-8 bytes, checked: valid, without NUL, no longer than allowed. An empty
-document is given too (as whitespace or nothing), for the caller to count. Nothing longer than a record is held.
+Every reader gives the texts of a document (a prompt, where there is one, and what follows) as UTF-8 bytes, checked:
+valid, without NUL, no longer than allowed. An empty document is given too (as whitespace or nothing), for the caller to
+count. Nothing longer than a record is held.
 """
 
 import difflib
@@ -11,23 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from data.prepared import Part, Reading, Slice
 from data.sources import kind
 from data.streams import BLOCK_BYTES, Bad, BadFile, Stream, opened
 
 Report = Callable[[Bad], None]
 """Is told of a bad record: counts it or raises."""
-
-
-@dataclass
-class Reading:
-    """A file that is read, and what becomes known meanwhile."""
-
-    path: str
-    report: Report
-    count: Callable[[int], None]
-    """Is told how many bytes were read, as they are."""
-    sha256: str | None = None
-    """Of the file, once all documents were given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,30 +26,37 @@ class Limits:
 
     text_key: str
     """Of a JSON object or a parquet table."""
+    prompt_key: str | None = None
+    """Of what precedes the text, a sequence of its own; None: nothing does."""
     cut_text_bytes: int
     """Where plain text is cut into documents; 0: nowhere."""
     max_record_bytes: int
     """Of a line, and of a document."""
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys in the order of a document's sequences, with the fields that name them."""
+        prompt = {self.prompt_key: "prompt_key"} if self.prompt_key is not None else {}
+        return prompt | {self.text_key: "text_key"}
 
-def documents(reading: Reading, limits: Limits) -> Iterator[bytes]:
-    """The documents of a file, in order.
+
+def documents(reading: Reading, limits: Limits, piece: Slice | None = None) -> Iterator[list[bytes]]:
+    """The documents of a file, or of a slice of it, in order: the texts of their sequences.
 
     Raises:
       BadFile: see there; what was given of the file before is to be forgotten.
     """
-    path, report = reading.path, reading.report
-    with opened(path, reading.count) as raw:
-        if kind(path) == "parquet":
-            while raw.read(BLOCK_BYTES):
-                pass
-            yield from _parquet(path, limits, report)
-        else:
-            buffered = io.BufferedReader(raw, BLOCK_BYTES)
-            reader = _jsonl if kind(path) == "jsonl" else _text
-            yield from reader(Stream(path, buffered), limits, report)
-            while raw.read(BLOCK_BYTES):
-                pass
+    path, report = reading.name, reading.report
+    piece = piece or Slice(Part(path, "", 0))
+    if kind(path) == "parquet":
+        yield from _parquet(piece, limits, reading)
+        return
+    with opened(path, reading.count, piece.start, piece.stop) as raw:
+        reader = _jsonl if kind(path) == "jsonl" else _text
+        stream = Stream(path, io.BufferedReader(raw, BLOCK_BYTES), piece.start, piece.lines)
+        yield from reader(stream, limits, report)
+        while raw.read(BLOCK_BYTES):
+            pass
         reading.sha256 = raw.sha256.hexdigest()
 
 
@@ -113,21 +110,21 @@ class _Wrong(Exception):
     """(reason, what): see Bad."""
 
 
-def _jsonl(stream: Stream, limits: Limits, report: Report) -> Iterator[bytes]:
+def _jsonl(stream: Stream, limits: Limits, report: Report) -> Iterator[list[bytes]]:
     path, most = stream.path, limits.max_record_bytes
     for line in _lines(stream, most):
         if line.content is None:
             report(_too_long(path, line.number, line.byte, line.length, most))
         elif line.content.strip(b" \t\r\n"):
             try:
-                document = _text_of(line, limits)
+                document = _texts_of(line, limits)
             except _Wrong as wrong:
                 report(Bad(path, _place(line.number, line.byte), *wrong.args))
                 continue
             yield document
 
 
-def _text_of(line: Line, limits: Limits) -> bytes:
+def _texts_of(line: Line, limits: Limits) -> list[bytes]:
     assert line.content is not None
     try:
         record = json.loads(line.content.decode())
@@ -145,20 +142,21 @@ def _text_of(line: Line, limits: Limits) -> bytes:
         raise _Wrong("invalid JSON", f"is not valid JSON ({error}).") from error
     if not isinstance(record, dict):
         raise _Wrong("not an object", f"is {_type(record)}, not an object; a file holds one object per line.")
-    if limits.text_key not in record:
-        raise _Wrong("missing key", f"has no key {limits.text_key!r}{_near_key(limits.text_key, record)}.")
-    return _checked(record[limits.text_key], limits)
+    for key, field in limits.keys.items():
+        if key not in record:
+            raise _Wrong("missing key", f"has no key {key!r}{_near_key(key, field, record)}.")
+    return [_checked(record[key], key, limits) for key in limits.keys]
 
 
-def _near_key(key: str, names: Any) -> str:
+def _near_key(key: str, field: str, names: Any) -> str:
     near = difflib.get_close_matches(key, names, n=1)
     keys = ", ".join(map(repr, list(names)[:8]))
-    return f"; did you mean data.text_key={near[0]}?" if near else f", only {keys}" if keys else ", nor any other"
+    return f"; did you mean data.{field}={near[0]}?" if near else f", only {keys}" if keys else ", nor any other"
 
 
-def _checked(text: Any, limits: Limits) -> bytes:
+def _checked(text: Any, key: str, limits: Limits) -> bytes:
     """A value of a record as UTF-8. Raises: _Wrong."""
-    name = f"its {limits.text_key!r}"
+    name = f"its {key!r}"
     if not isinstance(text, str):
         reason = "null" if text is None else "not a string"
         raise _Wrong(reason, f"{name} is {_type(text)}, not a string.")
@@ -185,7 +183,7 @@ def _type(value: Any) -> str:
 # Plain text
 
 
-def _text(stream: Stream, limits: Limits, report: Report) -> Iterator[bytes]:
+def _text(stream: Stream, limits: Limits, report: Report) -> Iterator[list[bytes]]:
     """Documents that, end to end, are the file: cut behind the first blank line after `cut_text_bytes` bytes, or,
     where none comes within as many again, behind a line."""
     path, most = stream.path, limits.max_record_bytes
@@ -214,6 +212,17 @@ def _text(stream: Stream, limits: Limits, report: Report) -> Iterator[bytes]:
         yield from _piece(path, text, number, byte, report)
 
 
+def text_borders(stream: Stream, limits: Limits) -> Iterator[tuple[int, int]]:
+    """Where plain text may be cut so that its documents stay the same: byte, and lines before it."""
+    while True:
+        text, whole = _cut(stream, limits.cut_text_bytes, limits.max_record_bytes)
+        if not text:
+            return
+        if not whole:
+            _rest(stream)
+        yield stream.byte, stream.lines
+
+
 def _cut(stream: Stream, cut: int, most: int) -> tuple[bytes, bool]:
     """The next document, and whether it ends with a line (or the file), not inside one that is too long."""
     parts = [stream.block(cut)]
@@ -231,7 +240,7 @@ def _cut(stream: Stream, cut: int, most: int) -> tuple[bytes, bool]:
     return b"".join(parts), True
 
 
-def _piece(path: str, text: bytes, number: int, byte: int, report: Report) -> Iterator[bytes]:
+def _piece(path: str, text: bytes, number: int, byte: int, report: Report) -> Iterator[list[bytes]]:
     """A document that begins at this line and byte, if it is one."""
     try:
         text.decode()
@@ -242,47 +251,70 @@ def _piece(path: str, text: bytes, number: int, byte: int, report: Report) -> It
         line = _place(number + text.count(b"\n", 0, at), byte + text.rfind(b"\n", 0, at) + 1)
         report(Bad(path, line, reason, what.format(byte + at)))
     elif text:
-        yield text
+        yield [text]
 
 
 # Parquet
 
 
-def _parquet(path: str, limits: Limits, report: Report) -> Iterator[bytes]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow.") from error
-    row = 0
+def _parquet(piece: Slice, limits: Limits, reading: Reading) -> Iterator[list[bytes]]:
+    """Of a whole file, or of row groups, by number."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, row, sha256 = reading.name, 0, None
+    if whole := piece.stop is None:
+        with opened(path, reading.count) as raw:
+            while raw.read(BLOCK_BYTES):
+                pass
+            sha256 = raw.sha256.hexdigest()
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if limits.text_key not in names:
-                what = f"has no column {limits.text_key!r}{_near_key(limits.text_key, names)}."
-                raise BadFile(Bad(path, "", "missing column", what))
-            found = file.schema_arrow.field(limits.text_key).type
-            inner = found.value_type if pa.types.is_dictionary(found) else found
-            if not (pa.types.is_string(inner) or pa.types.is_large_string(inner)):
-                what = f"column {limits.text_key!r} holds {found}, not strings."
-                raise BadFile(Bad(path, "", "not a string", what))
-            for batch in file.iter_batches(batch_size=256, columns=[limits.text_key]):
-                for value in batch.column(0):
-                    row += 1
-                    try:
-                        yield _parquet_text(value, limits)
-                    except _Wrong as wrong:
-                        report(Bad(path, f"row {row}", *wrong.args))
+            groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
+            row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+            for key, field in limits.keys.items():
+                _check_column(path, file.schema_arrow, key, field)
+            columns = list(limits.keys)
+            for group in groups:
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+                    for values in zip(*(batch.column(key) for key in columns), strict=True):
+                        row += 1
+                        try:
+                            pairs = zip(values, columns, strict=True)
+                            yield [_parquet_text(value, key, limits) for value, key in pairs]
+                        except _Wrong as wrong:
+                            reading.report(Bad(path, f"row {row}", *wrong.args))
+                if not whole:
+                    reading.count(group_bytes(file.metadata, group))
     except (pa.ArrowException, OSError) as error:
         where = f"row {row}" if row else ""
         what = f"is no intact parquet file{' after this row' if row else ''}: {str(error).splitlines()[0]}"
         raise BadFile(Bad(path, where, "damaged parquet", what)) from error
+    reading.sha256 = sha256
 
 
-def _parquet_text(value: Any, limits: Limits) -> bytes:
+def _check_column(path: str, schema: Any, key: str, field: str) -> None:
+    """Raises: BadFile, for a column that is not there or holds no strings."""
+    import pyarrow as pa
+
+    if key not in schema.names:
+        raise BadFile(Bad(path, "", "missing column", f"has no column {key!r}{_near_key(key, field, schema.names)}."))
+    found = schema.field(key).type
+    inner = found.value_type if pa.types.is_dictionary(found) else found
+    if not (pa.types.is_string(inner) or pa.types.is_large_string(inner)):
+        raise BadFile(Bad(path, "", "not a string", f"column {key!r} holds {found}, not strings."))
+
+
+def group_bytes(metadata: Any, group: int) -> int:
+    """Of a row group in the file, all columns."""
+    columns = metadata.row_group(group)
+    return sum(columns.column(i).total_compressed_size for i in range(columns.num_columns))
+
+
+def _parquet_text(value: Any, key: str, limits: Limits) -> bytes:
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:
-        what = f"its {limits.text_key!r} is not UTF-8 at byte {error.start} ({error.reason})."
+        what = f"its {key!r} is not UTF-8 at byte {error.start} ({error.reason})."
         raise _Wrong("not UTF-8", what) from error
-    return _checked(text, limits)
+    return _checked(text, key, limits)

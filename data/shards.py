@@ -3,12 +3,14 @@
 The .bin is the tokens end to end. The .idx is, little-endian: the magic; uint64 1; uint8 code of the tokens'
 type; uint64 sequences; uint64 documents + 1; int32 length in tokens of each sequence; int64 byte in the .bin of
 each sequence; int64 number of the first sequence of each document, and the number of sequences (Megatron-LM,
-core/datasets/indexed_dataset.py). The token that ends a document belongs to its last sequence.
+core/datasets/indexed_dataset.py). The token that ends a document belongs to its last sequence. Beside the two, a .crc
+says where they are damaged.
 """
 
 import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,10 @@ CODES = {"uint16": 8, "int32": 4}
 UINT16_VOCABULARY = 65500
 """Megatron stores a vocabulary below this as uint16."""
 TEMPORARY = ".tmp"
+PIECE = (".bin", ".lengths", ".counts")
+"""Files of a piece: tokens; int32 tokens of each sequence; int32 sequences of each document."""
+BLOCK_BYTES = 1 << 20
+"""A .crc holds the CRC-32 (uint32, little-endian) of each block of the .bin, then of the .idx; the last are short."""
 CHUNK = 1 << 20
 """Numbers held at once while an index is written; bytes while a file is hashed."""
 
@@ -43,6 +49,7 @@ class Shard:
     bin_sha256: str
     idx_bytes: int
     idx_sha256: str
+    crc_sha256: str
 
 
 def dtype_of(vocab_size: int) -> str:
@@ -50,20 +57,40 @@ def dtype_of(vocab_size: int) -> str:
     return "uint16" if vocab_size < UINT16_VOCABULARY else "int32"
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some documents of a shard, in three files."""
+
+    documents: int
+    sequences: int
+    tokens: int
+    bytes: int
+
+
 class _Hashed:
     """A file that is written once, from start to end."""
 
     def __init__(self, path: Path) -> None:
         self._file, self._sha256, self.bytes = open(path, "wb", buffering=CHUNK), hashlib.sha256(), 0  # noqa: SIM115
+        self._sum, self.sums = 0, []
+        """CRC-32 of each whole `BLOCK_BYTES`."""
 
     def write(self, content: Any) -> None:
         view = memoryview(content).cast("B")
         self._file.write(view)
         self._sha256.update(view)
-        self.bytes += len(view)
+        while len(view):
+            part = view[: BLOCK_BYTES - self.bytes % BLOCK_BYTES]
+            self._sum, view = zlib.crc32(part, self._sum), view[len(part) :]
+            self.bytes += len(part)
+            if self.bytes % BLOCK_BYTES == 0:
+                self.sums.append(self._sum)
+                self._sum = 0
 
     def finish(self) -> str:
         """On the disk, even if the power goes; returns the SHA-256."""
+        if self.bytes % BLOCK_BYTES:
+            self.sums.append(self._sum)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -74,7 +101,7 @@ class _Hashed:
 
 
 class Writer:
-    """Writes a split under temporary names; `publish` gives it its own. Memory does not grow with the split."""
+    """Writes a shard, or a piece of one, under temporary names. Memory does not grow with it."""
 
     def __init__(self, folder: Path, name: str, dtype: str, end_of_document: int) -> None:
         self._folder, self._name, self._dtype = folder, name, np.dtype(dtype).newbyteorder("<")
@@ -93,11 +120,32 @@ class Writer:
         lengths[-1] += 1
         self._lengths.write(lengths)
         self._counts.write(len(sequences).to_bytes(4, "little"))
-        self.documents, self.sequences = self.documents + 1, self.sequences + len(sequences)
-        self.tokens, self.bytes = self.tokens + int(lengths.sum()), self.bytes + text_bytes
+        self._count(1, len(sequences), int(lengths.sum()), text_bytes)
+
+    def append(self, piece: Piece, folder: Path) -> None:
+        """All documents of a piece that was kept under this name."""
+        sizes = (piece.tokens * self._dtype.itemsize, 4 * piece.sequences, 4 * piece.documents)
+        for suffix, size, write in zip(
+            PIECE, sizes, (self._bin.write, self._lengths.write, self._counts.write), strict=True
+        ):
+            with open(folder / f"{self._name}{suffix}", "rb") as file:
+                while block := file.read(CHUNK):
+                    write(block)
+                assert file.tell() == size
+        self._count(piece.documents, piece.sequences, piece.tokens, piece.bytes)
+
+    def _count(self, documents: int, sequences: int, tokens: int, text_bytes: int) -> None:
+        self.documents, self.sequences = self.documents + documents, self.sequences + sequences
+        self.tokens, self.bytes = self.tokens + tokens, self.bytes + text_bytes
+
+    def keep(self) -> Piece:
+        """Ends it as a piece."""
+        self.close()
+        self._rename(*PIECE)
+        return Piece(self.documents, self.sequences, self.tokens, self.bytes)
 
     def finish(self) -> Shard:
-        """Writes the index; both files are on the disk, still under their temporary names."""
+        """Writes the index and the sums: all is on the disk."""
         bin_sha256 = self._bin.finish()
         index = _Hashed(self._temporary(".idx"))
         index.write(HEADER.pack(MAGIC, 1, CODES[self._dtype.name], self.sequences, self.documents + 1))
@@ -115,8 +163,10 @@ class Writer:
             index.write(firsts)
             sequence = int(firsts[-1])
         idx_sha256 = index.finish()
+        sums = _Hashed(self._temporary(".crc"))
+        sums.write(np.array([*self._bin.sums, *index.sums], "<u4"))
         self.close()
-        for suffix in (".lengths", ".counts"):
+        for suffix in PIECE[1:]:
             self._temporary(suffix).unlink()
         assert self._bin.bytes == self.tokens * self._dtype.itemsize == byte and sequence == self.sequences
         return Shard(
@@ -129,18 +179,22 @@ class Writer:
             bin_sha256=bin_sha256,
             idx_bytes=index.bytes,
             idx_sha256=idx_sha256,
+            crc_sha256=sums.finish(),
         )
 
     def publish(self) -> None:
-        """Replaces what has the names now."""
-        for suffix in (".bin", ".idx"):
-            self._temporary(suffix).rename(self._folder / f"{self._name}{suffix}")
+        """Gives a finished shard its names, which another may have now."""
+        self._rename(".bin", ".idx", ".crc")
 
     def close(self) -> None:
         """Ends writing, finished or not."""
         self._bin.abandon()
         self._lengths.close()
         self._counts.close()
+
+    def _rename(self, *suffixes: str) -> None:
+        for suffix in suffixes:
+            self._temporary(suffix).rename(self._folder / f"{self._name}{suffix}")
 
     def _temporary(self, suffix: str) -> Path:
         return self._folder / f"{self._name}{suffix}{TEMPORARY}"
@@ -191,15 +245,38 @@ def _check_index(tokens: Path, index: Path, shard: Shard) -> None:
 
 
 def verify(folder: Path, name: str, shard: Shard) -> None:
-    """Reads every byte. Raises: ValueError that names a file with other contents than were written."""
+    """Reads every byte. Raises: ValueError that names a file with other contents than were written, and the place."""
     open_tokens(folder, name, shard)
-    for suffix, wanted in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
-        found = sha256_of(folder / f"{name}{suffix}")
-        if found != wanted:
-            raise ValueError(f"{folder / name}{suffix} has SHA-256 {found[:12]}...; the manifest says {wanted[:12]}...")
+    sums = folder / f"{name}.crc"
+    sums_N = np.frombuffer(sums.read_bytes(), "<u4") if sha256_of(sums) == shard.crc_sha256 else None
+    blocks = -(-shard.bin_bytes // BLOCK_BYTES)
+    for suffix, wanted, start, stop in (
+        (".bin", shard.bin_sha256, 0, blocks),
+        (".idx", shard.idx_sha256, blocks, None),
+    ):
+        path = folder / f"{name}{suffix}"
+        if (found := sha256_of(path)) != wanted:
+            where = "" if sums_N is None else _damaged(path, sums_N[start:stop])
+            raise ValueError(f"{path} has SHA-256 {found[:12]}...; the manifest says {wanted[:12]}...{where}")
+    if sums_N is None:
+        raise ValueError(f"{sums} is not as it was written.")
+
+
+def _damaged(path: Path, sums_N: np.ndarray) -> str:
+    """The first and the number of the blocks that are other than they were written."""
+    with open(path, "rb") as file:
+        found = [i for i, wanted in enumerate(sums_N) if zlib.crc32(file.read(BLOCK_BYTES)) != wanted]
+    if not found:
+        return ""
+    first, last = found[0] * BLOCK_BYTES, min((found[0] + 1) * BLOCK_BYTES, path.stat().st_size) - 1
+    more = f" (and {len(found) - 1} blocks more)" if len(found) > 1 else ""
+    return f" Bytes {first:,} to {last:,} are not what was written{more}."
 
 
 def sha256_of(path: Path) -> str:
-    """Of a whole file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a whole file. Raises: ValueError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error

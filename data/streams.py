@@ -47,17 +47,20 @@ class BadFile(Exception):
 
 
 class Raw(io.RawIOBase):
-    """A file that hashes and counts what is read of it, once, from its start to its end."""
+    """A file, or the bytes of one from `start` to `stop`: hashes and counts what is read of it, once, to its end."""
 
-    def __init__(self, path: str, count: Callable[[int], None]) -> None:
+    def __init__(self, path: str, count: Callable[[int], None], start: int = 0, stop: int | None = None) -> None:
         self._file, self._count = open(path, "rb", buffering=0), count  # noqa: SIM115
+        self._file.seek(start)
+        self._left = None if stop is None else stop - start
         self.sha256 = hashlib.sha256()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        found = self._file.readinto(buffer) or 0
+        found = self._file.readinto(memoryview(buffer)[: self._left]) or 0
+        self._left = None if self._left is None else self._left - found
         self.sha256.update(memoryview(buffer)[:found])
         self._count(found)
         return found
@@ -68,14 +71,15 @@ class Raw(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened(path: str, count: Callable[[int], None]) -> Iterator[Raw]:
+def opened(path: str, count: Callable[[int], None], start: int = 0, stop: int | None = None) -> Iterator[Raw]:
+    """Raises: BadFile if it cannot be opened, or is empty."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise BadFile(Bad(path, "", "not a file", "is not a regular file."))
         if status.st_size == 0:
             raise BadFile(Bad(path, "line 0", "empty file", "the file is empty."))
-        raw = Raw(path, count)
+        raw = Raw(path, count, start, stop)
     except OSError as error:
         raise BadFile(Bad(path, "", "cannot be read", f"cannot be read: {error.strerror}.")) from error
     with raw:
@@ -126,14 +130,15 @@ class Zst(io.RawIOBase):
 class Stream:
     """A file's text, unpacked, from its start to its end, with errors that name it and the place."""
 
-    def __init__(self, path: str, file: io.BufferedIOBase) -> None:
+    def __init__(self, path: str, file: io.BufferedIOBase, byte: int = 0, lines: int = 0) -> None:
+        """`file` begins at this byte, behind so many lines."""
         self.path = path
         self._packed = PACKED.get(os.path.splitext(path.lower())[1])
         if self._packed == "gzip":
             self._file = gzip.GzipFile(fileobj=file, mode="rb")
         else:
             self._file = io.BufferedReader(Zst(file), BLOCK_BYTES) if self._packed else file
-        self.byte, self.lines = 0, 0
+        self.byte, self.lines = byte, lines
         """Bytes and line ends that were read; of the text, where it is packed."""
 
     def line(self, most: int) -> bytes:

@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from data import sources
-from data.prepared import SPLITS, Document, Fail, Part, Prepared, Skip, Slice
-from data.records import Limits, Reading, documents
+from data.prepared import SPLITS, Document, Fail, Part, Prepared, Reading, Skip, Slice
+from data.records import Limits, documents
+from data.sentences import sentences
+from data.slicing import cut
 from data.tokenizer import AnyTokenizer, Bytes
 
 
@@ -21,6 +23,12 @@ class TextFiles(Prepared):
     .md and .parquet. Folders are read with all below them. UTF-8; a mark at a file's start is left out."""
     text_key: str = "text"
     """Key of a JSON object, or column of a parquet table, that holds a document's text."""
+    prompt_key: str | None = None
+    """Key or column of what precedes the text and is only read, never predicted; None: nothing does. It and the text
+    become two sequences of one document."""
+    sentences: bool = False
+    """Each sentence becomes a sequence of its own, as masked language models need it that tell whether two follow one
+    another."""
     tokenizer: AnyTokenizer = Bytes()
     """Text to tokens."""
     split: str = "949,50,1"
@@ -43,6 +51,10 @@ class TextFiles(Prepared):
             yield "paths", "is empty; name files, folders or globs"
         if not self.text_key:
             yield "text_key", "is empty; name the key that holds the text"
+        if self.prompt_key in ("", self.text_key):
+            yield "prompt_key", "must name another key than text_key; None: there is no prompt"
+        if self.sentences and self.prompt_key is not None:
+            yield "sentences", "cannot be true with a prompt_key: prompt and text are one sequence each"
         if self.cut_text_bytes < 0:
             yield "cut_text_bytes", "must be at least 0; 0 makes each file one document"
         if not 1 <= self.max_record_bytes <= 2**30:
@@ -72,6 +84,7 @@ class TextFiles(Prepared):
         """How files are read."""
         return Limits(
             text_key=self.text_key,
+            prompt_key=self.prompt_key,
             cut_text_bytes=self.cut_text_bytes,
             max_record_bytes=self.max_record_bytes,
         )
@@ -85,12 +98,26 @@ class TextFiles(Prepared):
 
     def parts(self) -> list[Part]:
         """The files."""
-        return [Part(path, *_state(path)) for path in sources.find(self.paths).files]
+        files = sources.find(self.paths).files
+        plain = [path for path in files if sources.kind(path) == "text"]
+        if plain and self.prompt_key is not None:
+            raise ValueError(
+                f"data.prompt_key={self.prompt_key}: {plain[0]} is plain text, which has no keys; name files of JSON "
+                "lines or parquet alone."
+            )
+        return [Part(path, *_state(path)) for path in files]
+
+    def slices(self, part: Part, most_bytes: int, reading: Reading) -> list[Slice]:
+        """See `Prepared`."""
+        return cut(part, most_bytes, reading, self.limits())
 
     def read(self, piece: Slice, reading: Reading) -> Iterator[Document]:
         """See `Prepared`."""
-        for text in documents(reading, self.limits()):
-            yield [text]
+        yield from documents(reading, self.limits(), piece)
+
+    def sequences(self, document: Sequence[bytes]) -> Sequence[bytes]:
+        """See `Prepared`."""
+        return sentences(document[0]) if self.sentences else document
 
     def ignored(self) -> list[str]:
         """Files in the folders that are hidden, or of no known kind."""

@@ -17,6 +17,7 @@ VERBS = {  # the module of mtx that holds it, and what it does
     "data": ("data_tools", "get a corpus, or measure one: data get, data stats"),
     "doctor": ("doctor", "look for what is wrong with this machine, and say how to mend it"),
 }
+OF_PREPARE = {"--train-tokenizer": "which says what to type for", "--workers": "which may be run before"}
 VALUES = """\
 path=value (or --path=value, --path value) sets a field of the config:
   optimizer.schedule.peak_lr=1e-3   mesh.data=4 mesh.model=2   optimizer=Lion optimizer.b1=0.95
@@ -57,8 +58,9 @@ def take_verb(words: list[str]) -> str:
         near = near or [f"{verb}=VALUE, without spaces"] * ("." in verb)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ConfigError(f"there is no verb {verb!r}{hint} Verbs: {', '.join(VERBS)}.")
-    if verb != "prepare" and any(word.startswith("--train-tokenizer") for word in words):
-        raise ConfigError(f"--train-tokenizer is for prepare alone, which says what to type for {verb}.")
+    for flag, hint in OF_PREPARE.items() if verb != "prepare" else ():
+        if any(word.startswith(flag) for word in words):
+            raise ConfigError(f"{flag} is for prepare alone, {hint} {verb}.")
     return verb
 
 

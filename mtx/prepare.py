@@ -22,13 +22,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     add = parser.add_argument_group("prepare --config FILE").add_argument
     names = f"{', '.join(list(TRAINED)[:-1])} or {list(TRAINED)[-1]}"
+    add("--workers", metavar="N", type=int, help="processes; as many as there are cores without it")
     add("--train-tokenizer", metavar="KIND:SIZE", help=f"learn one from the text: {names}, such as bpe:16384")
 
 
 def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     """`python main.py prepare --config FILE`: returns the exit code."""
+    if flags.workers is not None and flags.workers < 1:
+        raise ConfigError(f"--workers {flags.workers} must be at least 1; without it there are as many as cores.")
     if flags.train_tokenizer is None:
-        run(load(flags.config, words))
+        run(load(flags.config, words), workers=flags.workers)
         return 0
     chosen = tokenizer_words(flags.train_tokenizer)
     if not isinstance((data := load(flags.config, words).config.data), Prepared):
@@ -39,7 +42,7 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     if isinstance(size, int) and size < needed and "model.vocab_size" not in loaded.overrides:
         chosen.append(f"model.vocab_size={needed}")
         loaded = load(flags.config, words + chosen)
-    run(loaded)
+    run(loaded, workers=flags.workers)
     again = shlex.join(["python", "main.py", "--config", str(flags.config), *words, *chosen])
     print(f"to train on it, set {' '.join(chosen)} in the config or say: {again}")
     return 0
@@ -57,7 +60,7 @@ def tokenizer_words(text: str) -> list[str]:
     return [*TRAINED[kind], f"data.tokenizer.vocab_size={int(size)}"]
 
 
-def run(loaded: Loaded, *, argv: list[str] | None = None, verbose: bool = False, **_: Any) -> None:
+def run(loaded: Loaded, *, workers: int | None = None, **_: Any) -> None:
     """Prepares `loaded.config.data`, or checks every byte of shards that are there. Touches no device.
 
     Raises: ConfigError for a config that could not train either; DataError.
@@ -71,7 +74,7 @@ def run(loaded: Loaded, *, argv: list[str] | None = None, verbose: bool = False,
             continue
         try:
             with named(name):
-                data.prepare(lambda line: print(line, flush=True))
+                data.prepare(lambda line: print(line, flush=True), workers=workers)
             print(table(data))
         except ValueError as error:
             raise DataError(str(error)) from error

@@ -166,6 +166,9 @@ REFUSED = [
     ),
     ("C --train-tokenizer bpe:300", [f"{TRAINED}is for prepare alone, which says what to type for train."]),
     ("eval runs/x --train-tokenizer=bpe:300", [f"{TRAINED}is for prepare alone, which says what to type for eval."]),
+    ("C --workers 4", ["error: --workers is for prepare alone, which may be run before train."]),
+    ("prepare C --workers 0", ["error: --workers 0 must be at least 1; without it there are as many as cores."]),
+    ("prepare C --workers two", ["error: argument --workers: invalid int value: 'two'"]),
     ("eval", [f"error: eval takes one run folder (none is given); {FOLDER} eval runs/quickstart."]),
     ("eval a b", [f"error: eval takes one run folder (got a, b); {FOLDER} eval runs/quickstart."]),
     ("eval C", [f"error: eval takes a run folder, not --config; {FOLDER} eval runs/quickstart."]),
@@ -306,7 +309,7 @@ OWN = {
     "train": set(),
     "doctor": {"--folder", "--need-gb", "--dev"},
     "data": {"--out", "--html"},
-    "prepare": {"--train-tokenizer"},
+    "prepare": {"--train-tokenizer", "--workers"},
     "eval": {"--split", "--step"},
     "generate": {
         *("--prompt", "--prompt-file", "--tokens", "--temperature", "--top-k", "--top-p", "--step", "--seed"),

@@ -59,6 +59,7 @@ LAZY = (
     "tokenizers",
     "tiktoken",
     "sentencepiece",
+    "nupunkt",
     "zstandard",
     "rich",
     "pyarrow",

@@ -19,7 +19,7 @@ import zstandard
 from test_text_files import write_text
 
 import main
-from data import Bpe, Bytes, SentencePiece, Skip, TextFiles, TokenizerFile, shards
+from data import Bpe, Bytes, Fail, Gpt2, SentencePiece, Skip, TextFiles, TokenizerFile, shards
 from data.manifest import Manifest
 from mtx import config as configs
 from mtx import prepare
@@ -35,22 +35,36 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "prepare.lock"}
+    """Its files, what is kept to go on from left out."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "prepare.lock"}
 
 
-def child(config: TextFiles, *, stop_at: str = "", wait_s: float = 60.0) -> subprocess.Popen:
-    """A process that prepares; with `stop_at`, it sleeps at the first progress line that begins so."""
+def pieces(folder: Path) -> dict[str, int]:
+    """The finished pieces, and which folder each is in the file system."""
+    return {path.name: path.stat().st_ino for path in folder.glob("pieces/*") if not path.name.endswith(".tmp")}
+
+
+UNIT = 30_000
+"""Bytes of a unit in tests of several."""
+
+
+def child(config: TextFiles, *, stop_at: str = "", wait_s: float = 60.0, workers: int = 1) -> subprocess.Popen:
+    """A process that prepares; with `stop_at`, it sleeps at the first progress line that begins so. Several workers
+    read small units."""
     program = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from data import *
+from data import prepare
 
 def progress(line):
     print(line, flush=True)
     if {stop_at!r} and line.startswith({stop_at!r}):
         time.sleep({wait_s})
 
-{config!r}.prepare(progress)
+if {workers} > 1:
+    prepare.UNIT_BYTES, prepare.ALONE_BYTES = {UNIT}, 0
+{config!r}.prepare(progress, workers={workers})
 """
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
@@ -70,6 +84,88 @@ def end(process: subprocess.Popen, sign: int = signal.SIGKILL) -> None:
     process.stdout.close()
 
 
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small texts are shared out too."""
+    monkeypatch.setattr("data.prepare.UNIT_BYTES", UNIT)
+    monkeypatch.setattr("data.prepare.ALONE_BYTES", 0)
+
+
+def every_kind(folder: Path) -> None:
+    """Text of each kind, some in files of several units, one record bad in many."""
+    write_text(folder)
+    texts = [json.dumps({"text": f"{i} {text}"}) + "\n" for i, text in enumerate(write_text(folder / "more", 900))]
+    (folder / "long.jsonl").write_text("".join(texts[:300]) + "no JSON\n" + "".join(texts[300:]))
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress("".join(texts[::3]).encode()))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "prose.txt").write_text("".join(f"{text}\n" + "\n" * (i % 5 == 0) for i, text in enumerate(texts)))
+    table = pa.table({"id": range(900), "text": [f"row {text}" for text in texts]})
+    pq.write_table(table, folder / "rows.parquet", row_group_size=40, compression="none")
+
+
+# Several workers
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), Gpt2(), SentencePiece(vocab_size=310)], ids=lambda c: type(c).__name__)
+def test_the_number_of_workers_changes_nothing(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    every_kind(Path("text"))
+    config = TextFiles(paths="text", tokenizer=tokenizer, split="8,1,1", cut_text_bytes=500, bad_records=Skip(budget=9))
+    whole = dataclasses.replace(config, folder="whole")
+    whole.prepare(lambda line: None, workers=1)
+    monkeypatch.setattr("data.prepare.UNIT_BYTES", UNIT)
+    monkeypatch.setattr("data.prepare.ALONE_BYTES", 0)
+    found = []
+    for workers in 1, 2, 3:
+        one = dataclasses.replace(config, folder=str(workers))
+        lines: list[str] = []
+        one.prepare(lines.append, workers=workers)
+        found.append(contents(Path(one.folder)))
+        (reading,) = (line for line in lines if line.startswith("reading"))
+        assert f" {sum(source.documents for source in one.manifest().sources):,} documents" in reading
+        assert not Path(one.folder, "pieces").exists()
+    assert found[0] == found[1] == found[2]
+    manifests = found[0].pop("manifest.json"), contents(Path("whole")).pop("manifest.json")
+    assert found[0] == {name: raw for name, raw in contents(Path("whole")).items() if name != "manifest.json"}
+    for here, there in zip(*(json.loads(raw)["sources"] for raw in manifests), strict=True):
+        assert here == there or here["name"].endswith("parquet")  # of several units: a hash of hashes
+    assert [source["bad"] for source in json.loads(manifests[0])["sources"]].count({"invalid JSON": 1}) == 1
+
+
+@pytest.mark.parametrize("policy", [Fail(), Skip(budget=3)])
+def test_the_first_bad_record_is_the_same_for_any_number_of_workers(policy, small_units: None) -> None:
+    rows = [json.dumps({"text": f"{i} " + "word " * 50}) + "\n" for i in range(1000)]
+    for i in 250, 251, 600, 610, 999:
+        rows[i] = f"bad {i}\n"
+    Path("a.jsonl").write_text("".join(rows))
+    config = TextFiles(paths="a.jsonl", bad_records=policy)
+    errors = []
+    for workers in 1, 3:
+        with pytest.raises(ValueError, match=f"line {251 if policy == Fail() else 611} ") as error:
+            config.prepare(lambda line: None, workers=workers)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_a_worker_that_dies_is_named_and_what_is_finished_stays(small_units: None) -> None:
+    every_kind(Path("text"))
+    config = TextFiles(paths="text", bad_records=Skip(), cut_text_bytes=500, folder="shards")
+    dataclasses.replace(config, folder="whole").prepare(lambda line: None, workers=1)
+
+    def kill(line: str) -> None:
+        if line.startswith("reading"):
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+
+    with pytest.raises(ValueError, match=r"a worker process was killed by signal 9; .*--workers 1"):
+        config.prepare(kill, workers=2)
+    before = pieces(Path("shards"))
+    assert sum(name.startswith("survey") for name in before) > 5
+    lines: list[str] = []
+    config.prepare(lines.append, workers=2)
+    assert any(line.startswith("reading  finds ") for line in lines)
+    assert contents(Path("shards")) == contents(Path("whole"))
+
+
 # Killed
 
 
@@ -83,8 +179,8 @@ def test_a_killed_preparation_is_made_again_byte_for_byte(tokenizer, moment: str
     process = child(config, stop_at=moment)
     wait_for(process, moment)
     end(process)
-    left = {path.name for path in Path("shards").iterdir()}
-    assert any(name.endswith(".tmp") for name in left) and "manifest.json" not in left
+    there = {name.partition("-")[0] for name in pieces(Path("shards"))}
+    assert "survey" in there and ("write" in there) == (moment == "writing")
     assert not config.is_prepared()
     with pytest.raises(ValueError, match="has no shards in shards"):
         config.load()
@@ -92,24 +188,68 @@ def test_a_killed_preparation_is_made_again_byte_for_byte(tokenizer, moment: str
     assert contents(Path("shards")) == contents(Path("whole"))
 
 
-def test_kills_at_any_time_leave_nothing_half(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["cut", "survey", "tokenizer", "write"])
+def test_pieces_that_were_finished_are_not_made_again(moment: str, small_units: None) -> None:
+    every_kind(Path("text"))
+    config = TextFiles(
+        paths="text", tokenizer=Bpe(vocab_size=300), cut_text_bytes=500, bad_records=Skip(), folder="shards"
+    )
+    dataclasses.replace(config, folder="whole").prepare(lambda line: None, workers=1)
+    process = child(config, workers=2)
+    while not any(name.startswith(moment) for name in pieces(Path("shards"))):
+        assert process.poll() is None, "it was too fast"
+        time.sleep(0.001)
+    end(process)
+    time.sleep(0.3)  # workers find out
+    before, seen = pieces(Path("shards")), {}
+
+    def progress(line: str) -> None:
+        seen.update(pieces(Path("shards")))
+
+    config.prepare(progress, workers=2)
+    assert before and before.items() <= seen.items()
+    assert contents(Path("shards")) == contents(Path("whole"))
+
+
+def test_pieces_of_another_text_are_removed(small_units: None) -> None:
+    """What did not change is kept, and what a change does not reach."""
+
+    def row(i: int) -> str:
+        return json.dumps({"text": f"{i} " + "x" * (UNIT * 2 // 3)}) + "\n"
+
+    for i in range(6):
+        Path(f"{i}.jsonl").write_text(row(i) + "x")  # the last line is bad
+    config = TextFiles(paths="*.jsonl", folder="shards", bad_records=Fail(), split="1,0")
+    for i in range(6):
+        with pytest.raises(ValueError, match=rf"{i}\.jsonl, line 2"):
+            config.prepare(lambda line: None, workers=1)
+        Path(f"{i}.jsonl").write_text(row(i))
+    before = pieces(Path("shards"))
+    assert len(before) == 5
+    os.utime("0.jsonl")
+    lines: list[str] = []
+    config.prepare(lines.append, workers=1)
+    assert lines[0] == "removes 1 pieces from shards/pieces: the text or the settings have changed"
+    assert lines[1] == "reading  finds 4 of 6 pieces in shards/pieces"
+
+
+def test_kills_at_any_time_leave_nothing_half() -> None:
     """Old shards or none, then new ones: there is always a whole set or no manifest."""
     write_text(Path("text"), documents=3000)
     config = TextFiles(paths="text", split="8,1,1", folder="shards")
-    draw, opened = random.Random(0), 0
-    for i in range(8):
-        process = child(config)
-        time.sleep(draw.uniform(0.2, 1.2))
+    draw = random.Random(0)
+    for i in range(6):
+        process = child(config, workers=1 + i % 2)
+        time.sleep(draw.uniform(0.2, 1.6))
         end(process)
         if config.is_prepared():
             for name, shard in Manifest.read(Path("shards")).splits.items():
                 shards.verify(Path("shards"), name, shard)
-            opened += 1
-        os.utime("text/0.jsonl", (i, i))  # so that the next one has work to do
-    assert opened  # or the test has tested nothing
+        if i % 2:
+            os.utime("text/0.jsonl", (i, i))  # so that the next one has work to do
     config.prepare(lambda line: None)
     config.verify()
-    assert not list(Path("shards").glob("*.tmp"))
+    assert not list(Path("shards").glob("*.tmp")) and not Path("shards/pieces").exists()
 
 
 def test_a_kill_among_the_renames_leaves_no_manifest() -> None:
@@ -160,7 +300,7 @@ def test_two_preparations_of_one_folder_are_one_too_many() -> None:
     wait_for(process, "reading")
     with pytest.raises(ValueError, match=rf"shards is being prepared by process {process.pid} on .*; wait for it"):
         config.prepare(lambda line: None)
-    assert list(Path("shards").glob("*.tmp"))  # the first one's are left alone
+    assert pieces(Path("shards"))  # the first one's are left alone
     dataclasses.replace(config, folder="other").prepare(lambda line: None)
     end(process)
     config.prepare(lambda line: None)  # a dead process holds nothing
@@ -279,17 +419,72 @@ def test_a_large_vocabulary_is_stored_in_32_bits(monkeypatch: pytest.MonkeyPatch
     assert Path(config.prepared_folder(), "train.idx").read_bytes()[17] == 4
 
 
-def test_a_full_disk_is_an_error_of_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+FULL = """
+import os, subprocess, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from data import *
+from data import prepare
+
+prepare.UNIT_BYTES, prepare.ALONE_BYTES = {unit}, 0
+os.mkdir("disk")
+if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", "disk"]).returncode:
+    sys.exit(77)
+config = {config!r}
+try:
+    config.prepare(lambda line: None, workers={workers})
+except ValueError as error:
+    print(error)
+kept = {{path.name: path.stat().st_ino for path in Path("disk/shards/pieces").iterdir()}}
+assert kept and not any(name.endswith(".tmp") for name in kept), kept
+subprocess.run(["mount", "-o", "remount,size=10m", "disk"], check=True)
+seen = {{}}
+config.prepare(
+    lambda line: seen.update((path.name, path.stat().st_ino) for path in Path("disk/shards/pieces").glob("*")),
+    workers={workers},
+)
+assert kept.items() <= seen.items()
+subprocess.run(["cp", "-r", "disk/shards", "shards"], check=True)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_says_what_to_do_and_the_same_command_goes_on(workers: int) -> None:
+    every_kind(Path("text"))
+    config = TextFiles(paths="text", bad_records=Skip(), cut_text_bytes=500, folder="disk/shards")
+    whole = dataclasses.replace(config, folder="whole")
+    whole.prepare(lambda line: None)
+    program = FULL.format(root=str(ROOT), unit=UNIT, config=config, workers=workers)
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no file system of 200 kB may be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    for part in "disk/shards", "cannot be written: No space left on device. Free some, or set data.folder", "goes on":
+        assert part in said
+    assert len(said.splitlines()) == 1
+    for name in "train.bin", "train.idx", "validation.bin", "validation.idx":
+        assert Path("shards", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk() -> None:
     write_text(Path("text"))
-
-    def full(*_) -> None:
-        raise OSError(28, "No space left on device", "train.bin.tmp")
-
-    monkeypatch.setattr("data.shards._Hashed.write", full)
-    config = TextFiles(paths="text")
-    with pytest.raises(ValueError, match=r"train\.bin\.tmp: cannot be written: No space left on device\."):
-        config.prepare(lambda line: None)
-    assert contents(config.prepared_folder()) == {}
+    config = TextFiles(paths="text", folder="shards")
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+from data import *
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    {config!r}.prepare(lambda line: None)
+except ValueError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert "cannot be written: File too large. Free some" in said
+    assert not list(Path("shards").rglob("*.tmp")) and not config.is_prepared()
+    config.prepare(lambda line: None)
 
 
 def test_preparing_loads_neither_jax_nor_what_it_does_not_need() -> None:

@@ -51,7 +51,7 @@ def test_an_independent_reader_reads_them(
     assert isinstance(tokens_N, np.memmap) and tokens_N.dtype == dtype
     assert tokens_N.tolist() == [token for document in documents for token in (*document, E)]
     verify(tmp_path, "train", shard)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "train.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "train.crc", "train.idx"]
 
 
 def test_types_are_megatrons() -> None:

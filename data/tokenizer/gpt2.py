@@ -1,9 +1,9 @@
 """GPT-2's byte-level BPE (Radford et al. 2019), from the two files that OpenAI published."""
 
+import functools
 import hashlib
 import importlib.util
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer.interface import ENDS_OF_DOCUMENT, Given, by_document, spellings
+from data.tokenizer.interface import ENDS_OF_DOCUMENT, Given, by_document, spellings, threads
 
 END = 50256
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -52,7 +52,7 @@ class Gpt2Tokenizer:
 
     def encode_batch(self, documents: Iterable[bytes]) -> list[np.ndarray]:
         """The same of UTF-8 texts, as arrays, on all cores."""
-        parts = _even(list(documents), len(os.sched_getaffinity(0)))
+        parts = _even(list(documents), threads())
         if len(parts) < 2:
             return [tokens for part in parts for tokens in self._encode(part)]
         with ThreadPoolExecutor(len(parts)) as pool:
@@ -63,8 +63,8 @@ class Gpt2Tokenizer:
         return "\n".join(self._encoding.decode(part) for part in by_document(tokens, self))
 
     def _encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        encode = self._encoding.encode_ordinary
-        return [np.fromiter(encode(document.decode()), np.uint16) for document in documents]
+        encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())  # lists take a quarter longer
+        return [encode(document.decode()).astype(np.uint16) for document in documents]
 
 
 @dataclass(frozen=True, kw_only=True)

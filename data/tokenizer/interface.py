@@ -4,6 +4,7 @@ import abc
 import contextlib
 import functools
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,11 @@ def too_many(vocab_size: int, reached: int, least: int) -> ValueError:
         f"data.tokenizer.vocab_size={vocab_size} is more than the {reached} tokens that the training text yields; "
         f"{hint}."
     )
+
+
+def threads() -> int:
+    """How many may encode at once: RAYON_NUM_THREADS, which `tokenizers` obeys, or as many as there are cores."""
+    return int(os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def within(tokens: Iterable[int], vocab_size: int) -> list[int]:

@@ -18,6 +18,7 @@ from data.tokenizer.interface import (
     Learned,
     by_document,
     spellings,
+    threads,
     too_many,
 )
 
@@ -83,7 +84,8 @@ class SentencePieceTokenizer:
     def encode_batch(self, documents: Iterable[bytes]) -> list[np.ndarray]:
         """The same of UTF-8 texts, as arrays, on all cores."""
         texts = [document.decode() for document in documents]
-        found = [np.array(tokens, np.int32) for tokens in self._model.encode(texts, out_type=int)] if texts else []
+        encoded = self._model.encode(texts, out_type=int, num_threads=threads()) if texts else []
+        found = [np.array(tokens, np.int32) for tokens in encoded]
         return [
             self._around_spaces(text) if len(self._space) and SPACE in text else tokens
             for text, tokens in zip(texts, found, strict=True)
