@@ -375,7 +375,10 @@ def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
 def sequences(config: TextFiles, split: str) -> list[list[str]]:
     """The text of each sequence of a split, by document, read with nothing of ours but the tokenizer."""
     corpus = config.load()
-    return [[corpus.tokenizer.decode(tokens) for tokens in document] for document in megatron(config.prepared_folder(), split)]
+    return [
+        [corpus.tokenizer.decode(tokens) for tokens in document]
+        for document in megatron(config.prepared_folder(), split)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
