@@ -238,7 +238,7 @@ def _borders(stages: Stages, pieces: Sequence[Path], text: _Text, broken: set[st
             for one in unit:
                 end = at + text.found[one].documents
                 if one.part.name not in broken:
-                    spool.write(hashes_N[at:end])
+                    spool.write(hashes_N[at:end].tobytes())
                 at = end
         size = spool.tell()
     hashes_N = np.memmap(path, HASH, "r+") if size else np.empty(0, HASH)

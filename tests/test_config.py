@@ -1140,7 +1140,7 @@ def test_help_lists_every_field_with_type_value_origin_and_help(load):
     assert re.search(r"^tokens: int \| None = None +default\n    Tokens to train on, ", text, re.MULTILINE)
     assert re.search(r"^checkpoints: Checkpoints \| None = Checkpoints +default$", text, re.MULTILINE)
     assert "TextFiles: Your own text: " in text
-    assert "Fields: paths, text_key=text, tokenizer=Bytes()," in text
+    assert "Fields: paths, text_key=text, prompt_key=None," in text
     assert re.search(r"^seed: int = 3 +command line\n    Of initial weights, ", text, re.MULTILINE)
     assert re.search(
         rf"^optimizer: AdamW \| Lion \| Sgd = AdamW\s+\S*small.py:{line_of('optimizer=')}$", text, re.MULTILINE
