@@ -35,13 +35,13 @@ def state_bytes(state: TrainState) -> int:
 def quickstart(seconds: float) -> tuple[int, float, float]:
     """(bytes of the state, worst share of the time between saves that one keeps the loop, seconds of the worst)."""
     config, p = program("configs/quickstart.py")
-    corpus, step, state = train.load_data(config), p.compile_train_step(), p.init(0)
-    size, length = config.batch.global_size, config.batch.sequence_length
+    loader, step, state = train.load_data(config), p.compile_train_step(), p.init(0)
+    size = config.batch.global_size
     blocked = []
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(p.mesh):
         store, number, last = Store(Path(folder), Checkpoints()), 0, time.perf_counter()
         while len(blocked) < 5:
-            rows = corpus.train(0, np.arange(number * size, (number + 1) * size), length)
+            rows = loader.train(np.arange(number * size, (number + 1) * size))
             state, metrics = step(state, p.place({k: x[None] for k, x in rows.items()}, p.batch_spec), np.int32(1))
             jax.block_until_ready(metrics)
             number += 1

@@ -10,7 +10,7 @@ Not reproduced: the text. The only data here are Python's documentation as bytes
 holds them, but most of the table is never used, and losses say nothing about GPT-2's.
 """
 
-from data import PythonDocs
+from data import Concatenate, PythonDocs
 from mtx.attention import AttentionConfig
 from mtx.config import BatchConfig, Config
 from mtx.layers import Gelu, LayerNorm, Learned
@@ -33,7 +33,8 @@ def get_config() -> Config:
             attention_dropout=0.1,
             remat="selective",
         ),
-        data=PythonDocs(isolate_documents=False),
+        data=PythonDocs(),
+        packing=Concatenate(isolate_documents=False),
         batch=BatchConfig(global_size=512, micro_size=8, sequence_length=1024),
         optimizer=AdamW(
             b1=0.9,

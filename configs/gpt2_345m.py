@@ -12,7 +12,7 @@ released 345M checkpoint has a WikiText-103 perplexity of 19.31). The only data 
 documentation as bytes, which leave most of the vocabulary unused; losses say nothing about Megatron's.
 """
 
-from data import PythonDocs
+from data import Concatenate, PythonDocs
 from mtx.attention import AttentionConfig
 from mtx.config import BatchConfig, Config
 from mtx.layers import Gelu, LayerNorm, Learned
@@ -36,7 +36,8 @@ def get_config() -> Config:
             attention_dropout=0.1,
             remat="full",
         ),
-        data=PythonDocs(isolate_documents=False),
+        data=PythonDocs(),
+        packing=Concatenate(isolate_documents=False),
         batch=BatchConfig(global_size=512, micro_size=8, sequence_length=1024),
         optimizer=AdamW(
             b1=0.9,

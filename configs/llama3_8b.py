@@ -37,7 +37,7 @@ def get_config() -> Config:
             init_scale_residual=False,
             remat="full",
         ),
-        data=PythonDocs(isolate_documents=True),
+        data=PythonDocs(),
         batch=BatchConfig(global_size=512, micro_size=1, sequence_length=8192),
         optimizer=AdamW(
             b1=0.9,

@@ -6,6 +6,7 @@ source has exactly its share, so that any sample of an endless run is found at o
 but how many samples it consumed.
 """
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+ENDLESS = 1 << 62
+"""More samples than any run has."""
 LONGEST_PERIOD = 1 << 16
 """Weights whose common denominator is larger are rounded to parts of this."""
 
@@ -88,6 +91,8 @@ class Order:
     """The first sample of each phase; the first is 0."""
     weights: tuple[tuple[float, ...], ...]
     """Of each phase, one for each source."""
+    end: int | None = None
+    """From this sample on no source has anything left; None: there is no end."""
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(source, which of its samples, counted through all phases and epochs)."""
@@ -101,6 +106,45 @@ class Order:
     def counts(self, samples: int) -> np.ndarray:
         """int64: how many of the first `samples` each source has."""
         return _counts(self, samples)
+
+
+def capped(order: Order, most: Sequence[int | None]) -> Order:
+    """The same order, but each source drops out once it has had so many samples (None: never), as one more phase."""
+    left_out: set[int] = set()
+    while True:
+        reached = {
+            source: _first_with(order, source, limit)
+            for source, limit in enumerate(most)
+            if limit is not None and source not in left_out
+        }
+        reached = {source: sample for source, sample in reached.items() if sample is not None}
+        if not reached:
+            return order
+        sample = min(reached.values())
+        left_out |= {source for source in reached if reached[source] == sample}
+        order = _without(order, sample, left_out)
+        if order.end is not None:
+            return order
+
+
+def _first_with(order: Order, source: int, limit: int) -> int | None:
+    """After how many samples a source has had `limit`; None: never."""
+    samples = range(ENDLESS)
+    found = bisect.bisect_left(samples, limit, key=lambda sample: int(order.counts(sample)[source]))
+    return found if found < ENDLESS else None
+
+
+def _without(order: Order, sample: int, sources: set[int]) -> Order:
+    """From a sample on, weight 0 for these."""
+    phases = list(zip(order.starts, order.weights, strict=True))
+    here = [weights for start, weights in phases if start <= sample][-1]
+    later = [(sample, here)] + [(start, weights) for start, weights in phases if start > sample]
+    later = [(start, tuple(0.0 if s in sources else w for s, w in enumerate(weights))) for start, weights in later]
+    end = next((start for start, weights in later if not any(weights)), None)
+    kept = [phase for phase in phases if phase[0] < sample] + [
+        phase for phase in later if end is None or phase[0] < end
+    ]
+    return Order(tuple(start for start, _ in kept), tuple(weights for _, weights in kept), end)
 
 
 @lru_cache(maxsize=1024)

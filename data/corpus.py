@@ -1,14 +1,13 @@
-"""A corpus: token streams, one per split, and batches of them by sample number."""
+"""A corpus: token streams, one per split, and what their tokens mean."""
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from data.order import Order, Windows, shuffled
-from data.packing import Batch, Window, cut, pack, window_count
+from data.blend import Order
 from data.tokenizer import ByteTokenizer, Tokenizer
 
 GZIP_BYTES = 16_000_000
@@ -21,41 +20,34 @@ class Split:
 
     tokens_N: np.ndarray
     """The stream, an integer array or memory map [N]."""
-    documents: int
-    """How many it holds."""
-    bytes: int
-    """Of text in UTF-8, ends of documents not counted: what bits per byte are divided by."""
-    end_of_document: int
-    """The token behind each document."""
-    isolate_documents: bool
-    """Whether positions restart and attention stays inside a document."""
+    lengths_S: np.ndarray
+    """int32 [S]: tokens of each sequence, a document's end in its last one. Most documents are one sequence; sentences,
+    or a prompt and its completion, are several."""
+    documents_D: np.ndarray
+    """int64 [documents + 1]: the first sequence of each document, and the number of sequences."""
+    bytes: int | None
+    """Of text in UTF-8, ends of documents not counted: what bits per byte are divided by. None: unknown."""
 
-    def windows(self, sequence_length: int) -> int:
-        """How many windows of this length cover the stream. Raises: ValueError for a length below 1."""
-        if sequence_length < 1:
-            raise ValueError(f"batch.sequence_length={sequence_length} must be >= 1; try batch.sequence_length=256.")
-        return window_count(len(self.tokens_N), sequence_length)
+    @classmethod
+    def of_documents(cls, documents: Iterable[np.ndarray], end_of_document: int, text_bytes: int) -> "Split":
+        """A stream in memory, of documents' tokens without their ends."""
+        pieces = [np.append(tokens, tokens.dtype.type(end_of_document)) for tokens in documents]
+        return cls(
+            tokens_N=np.concatenate(pieces),
+            lengths_S=np.array([len(piece) for piece in pieces], np.int32),
+            documents_D=np.arange(len(pieces) + 1),
+            bytes=text_bytes,
+        )
 
-    def batch(self, windows_B: np.ndarray | Sequence[int], sequence_length: int) -> Batch:
-        """The windows of these numbers (int [B]), in the order of the text; the stream's last one is padded.
-
-        Raises:
-          ValueError: a sequence length below 1, or a window that is not there.
-        """
-        count = self.windows(sequence_length)
-        for window in windows_B:
-            if not 0 <= window < count:
-                raise ValueError(f"there is no window {window}: this split has {count}, counted from 0.")
-        return self.pack([cut(self.tokens_N, int(window), sequence_length) for window in windows_B])
-
-    def pack(self, windows: Sequence[Window]) -> Batch:
-        """Windows as `packing.cut` makes them, as a batch."""
-        return pack(windows, end_of_document=self.end_of_document, isolate_documents=self.isolate_documents)
+    @property
+    def documents(self) -> int:
+        """How many it holds."""
+        return len(self.documents_D) - 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Tokens to train on and to measure with. `from_documents` makes one in memory, `TextFiles.load` opens shards."""
+    """Tokens to train on and to measure with, of one source: `Loader` makes batches of them."""
 
     source: str
     """What the text is, for people."""
@@ -67,7 +59,6 @@ class Corpus:
     """16 hexadecimal digits that change with any token of any split, and with the tokenizer."""
     gzip_bits_per_byte: float | None
     """What `gzip -9` needs for the validation text: a model that does worse has learned little. None: too much text."""
-    _orders: dict[tuple[int, int], Order] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_documents(
@@ -76,7 +67,6 @@ class Corpus:
         *,
         source: str,
         validation_fraction: float,
-        isolate_documents: bool,
     ) -> "Corpus":
         """Splits `documents` (name -> text) and concatenates each split in the order of names, bytes as tokens.
 
@@ -98,14 +88,9 @@ class Corpus:
                     "data.validation_fraction=0.05."
                 )
         tokenizer = ByteTokenizer()
-        end = tokenizer.end_of_document
         splits = {
-            name: Split(
-                tokens_N=_stream(tokenizer, parts),
-                documents=len(parts),
-                bytes=sum(map(len, parts)),
-                end_of_document=end,
-                isolate_documents=isolate_documents,
+            name: Split.of_documents(
+                tokenizer.encode_batch(parts), tokenizer.end_of_document, text_bytes=sum(map(len, parts))
             )
             for name, parts in texts.items()
         }
@@ -124,27 +109,25 @@ class Corpus:
         )
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens; every token is below it."""
-        return self.tokenizer.vocab_size
+    def parts(self) -> Mapping[str, "Corpus"]:
+        """The sources by name, as a blend has them: this one, without a name."""
+        return {"": self}
 
-    @property
-    def isolate_documents(self) -> bool:
-        """Whether positions restart and attention stays inside a document."""
-        return self.splits["train"].isolate_documents
+    def order(self, rows: Mapping[str, int]) -> Order:
+        """Which source each sample of training comes from."""
+        return Order((0,), ((1.0,),))
 
     def describe(self) -> str:
         """One line for the banner."""
         held_out = [
-            f"{split.documents:,}, {split.bytes / 1e6:.2f} MB {'held out' if name == 'validation' else f'to {name}'}"
+            f"{split.documents:,}{_megabytes(split)} {'held out' if name == 'validation' else f'to {name}'}"
             for name, split in self.splits.items()
             if name != "train"
         ]
         train = self.splits["train"]
         return (
-            f"{self.source}: {train.documents:,} documents, {train.bytes / 1e6:.2f} MB to train on, "
-            f"{', '.join(held_out) or 'none held out'}; {self._tokens()}; "
-            f"documents {'isolated' if self.isolate_documents else 'joined'}; digest {self.digest}"
+            f"{self.source}: {train.documents:,} documents{_megabytes(train)} to train on, "
+            f"{', '.join(held_out) or 'none held out'}; {self._tokens()}; digest {self.digest}"
         )
 
     def _tokens(self) -> str:
@@ -152,59 +135,13 @@ class Corpus:
             return "bytes as tokens"
         train = self.splits["train"]
         tokens = len(train.tokens_N) - train.documents
-        return f"{train.bytes / max(tokens, 1):.2f} bytes per token of {self.vocab_size:,}"
+        if train.bytes is None:
+            return f"{tokens:,} tokens of {self.tokenizer.vocab_size:,}"
+        return f"{train.bytes / max(tokens, 1):.2f} bytes per token of {self.tokenizer.vocab_size:,}"
 
-    def train_windows(self, sequence_length: int) -> int:
-        """Samples in one epoch.
 
-        Raises:
-          ValueError: the training split does not fill one window of this length.
-        """
-        train = self.splits["train"]
-        windows, longest = train.windows(sequence_length), len(train.tokens_N) - 1
-        if sequence_length > longest:
-            raise ValueError(
-                f"batch.sequence_length={sequence_length} is longer than the whole training text; "
-                f"try batch.sequence_length={longest} or less."
-            )
-        return windows
-
-    def train(self, seed: int, samples_B: np.ndarray, sequence_length: int) -> Batch:
-        """The samples of these numbers (int64 [B], in any order) of the endless training order.
-
-        A sample is a function of (seed, text, number), whatever the batch, the process or the number of
-        either. Over an epoch, `train_windows` samples, each training token but the first is a target once;
-        `packing.pack` says which of them weigh 0.
-
-        Raises:
-          ValueError: a negative seed or sample, or a sequence longer than the training text.
-        """
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be an integer >= 0; try seed=0.")
-        samples = [int(sample) for sample in samples_B]
-        if not samples or min(samples) < 0:
-            raise ValueError(f"samples_B={samples[:3]}... must hold at least one number, and none below 0.")
-        self.train_windows(sequence_length)
-        order = self._order(seed, sequence_length)
-        return self.splits["train"].pack([order[sample] for sample in samples])
-
-    def _order(self, seed: int, sequence_length: int) -> Order:
-        key = (seed, sequence_length)
-        if key not in self._orders:
-            self._orders[key] = shuffled(Windows(self.splits["train"].tokens_N, sequence_length), seed)
-        return self._orders[key]
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without an end of document."""
-        return self.tokenizer.encode(text)
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Text of tokens: an end of document becomes a newline, bytes that are not UTF-8 become U+FFFD.
-
-        Raises:
-          ValueError: a token outside the vocabulary.
-        """
-        return self.tokenizer.decode(tokens)
+def _megabytes(split: Split) -> str:
+    return "" if split.bytes is None else f", {split.bytes / 1e6:.2f} MB"
 
 
 class Gzip:
@@ -235,8 +172,3 @@ def digest(tokenizer: Tokenizer, contents: Mapping[str, str]) -> str:
 def _unit_hash(name: str) -> float:
     """A hash of a name, uniform in [0, 1); equal in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
-
-
-def _stream(tokenizer: ByteTokenizer, documents: Iterable[bytes]) -> np.ndarray:
-    end = np.array([tokenizer.end_of_document], np.uint16)
-    return np.concatenate([piece for tokens in tokenizer.encode_batch(documents) for piece in (tokens, end)])

@@ -24,8 +24,8 @@ class Source:
     bytes: int
     sha256: str | None
     """Of a file, or of the documents that were read. None: a bad file, of which nothing was used."""
-    documents: int
-    """Given to the splits."""
+    documents: dict[str, int]
+    """Given to each split."""
     empty: int
     """Documents without text, or without tokens, left out."""
     bad: dict[str, int]

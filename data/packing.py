@@ -1,4 +1,4 @@
-"""Documents, end to end, cut into windows: pure functions over an array of tokens.
+"""How documents share rows; and the usual way, end to end, as pure functions over an array of tokens.
 
 A stream is one token array in which every document is followed by its end-of-document token. Window w
 predicts stream[w*T + 1 : w*T + T + 1] from stream[w*T : w*T + T], so that every token but the stream's first
@@ -6,6 +6,8 @@ is a target in exactly one window. The last window is padded.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,6 +16,21 @@ Batch = dict[str, np.ndarray]
 
 Window = tuple[np.ndarray, int]
 """T + 1 tokens of a stream (int32), of which the first T are inputs, and how many of its T targets are real."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concatenate:
+    """Documents end to end, cut into windows: no token is lost, and documents are cut where a row ends."""
+
+    isolate_documents: bool = True
+    """Positions restart and attention stays inside a document. False: GPT-2's recipe, where both cross."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestFit:
+    """Whole documents side by side, each into the fullest row that takes it; only those longer than a row are cut."""
+
+    isolate_documents: ClassVar[bool] = True
 
 
 def window_count(stream_tokens: int, sequence_length: int) -> int:

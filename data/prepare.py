@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,7 @@ class _Text:
                 fingerprint=part.fingerprint,
                 bytes=part.bytes,
                 sha256=self._sha256(part, found[part.name]),
-                documents=sum(one.documents for one in found[part.name]),
+                documents=dict(sum((Counter(one.splits) for one in found[part.name]), Counter())),
                 empty=sum(one.empty for one in found[part.name]),
                 bad=policy.of(part.name),
             )
@@ -237,7 +238,7 @@ def _borders(stages: Stages, pieces: Sequence[Path], text: _Text, broken: set[st
             for one in unit:
                 end = at + text.found[one].documents
                 if one.part.name not in broken:
-                    spool.write(hashes_N[at:end])
+                    spool.write(hashes_N[at:end].tobytes())
                 at = end
         size = spool.tell()
     hashes_N = np.memmap(path, HASH, "r+") if size else np.empty(0, HASH)

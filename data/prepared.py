@@ -44,6 +44,7 @@ import numpy as np
 from data import manifest as manifests
 from data import shards
 from data.corpus import Corpus, Split, digest
+from data.index import open_index
 from data.manifest import Manifest
 from data.streams import Bad
 from data.tokenizer import AnyTokenizer, Bytes, ByteTokenizer, Given, Tokenizer, read_file
@@ -128,7 +129,7 @@ Document = Sequence[bytes] | Tokenized
 
 
 class Prepared(abc.ABC):
-    """Base of sources that are prepared; see the module. The first four are fields of a subclass, with defaults."""
+    """Base of sources that are prepared; see the module. The first three are fields of a subclass, with defaults."""
 
     @property
     @abc.abstractmethod
@@ -144,11 +145,6 @@ class Prepared(abc.ABC):
     @abc.abstractmethod
     def folder(self) -> str | None:
         """Where the shards are; None: prepared/ and a hash of what decides what is in them."""
-
-    @property
-    @abc.abstractmethod
-    def isolate_documents(self) -> bool:
-        """See `Split`."""
 
     in_workers: ClassVar[bool] = False
     """Whether reading needs packages that the process of `prepare` must not load."""
@@ -217,8 +213,7 @@ class Prepared(abc.ABC):
 
     def recipe(self) -> dict:
         """What decides the shards, as plain data."""
-        elsewhere = ("isolate_documents", "folder")
-        return {name: value for name, value in manifests.plain(self).items() if name not in elsewhere}
+        return {name: value for name, value in manifests.plain(self).items() if name != "folder"}
 
     # What all share
 
@@ -283,16 +278,7 @@ class Prepared(abc.ABC):
             for name, shard in manifest.splits.items():
                 if shard.bin_bytes <= HASHED_BYTES:
                     shards.verify(folder, name, shard)
-            splits = {
-                name: Split(
-                    tokens_N=shards.open_tokens(folder, name, shard),
-                    documents=shard.documents,
-                    bytes=shard.bytes,
-                    end_of_document=manifest.end_of_document,
-                    isolate_documents=self.isolate_documents,
-                )
-                for name, shard in manifest.splits.items()
-            }
+            splits = {name: _split(folder, name, shard) for name, shard in manifest.splits.items()}
         except ValueError as error:
             raise ValueError(f"{error} Damaged or replaced: {AGAIN} to write it again.") from error
         return Corpus(
@@ -302,6 +288,14 @@ class Prepared(abc.ABC):
             digest=digest(tokenizer, {name: shard.bin_sha256 for name, shard in manifest.splits.items()}),
             gzip_bits_per_byte=manifest.gzip_bits_per_byte,
         )
+
+    def part_of(self, split: str, document: int) -> str | None:
+        """The name of the part that a split's document of this number is of."""
+        for source in Manifest.read(self.prepared_folder()).sources:
+            if document < (here := source.documents.get(split, 0)):
+                return source.name
+            document -= here
+        return None
 
     def verify(self) -> None:
         """Reads every byte of the shards. Raises: ValueError that names a damaged file."""
@@ -336,6 +330,12 @@ class Prepared(abc.ABC):
         if changes:
             more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
             raise ValueError(f"{min(changes)} since the text was prepared{more}; {AGAIN}, which replaces the shards.")
+
+
+def _split(folder: Path, name: str, shard: shards.Shard) -> Split:
+    tokens_N = shards.open_tokens(folder, name, shard)
+    index = open_index(folder / f"{name}.idx", scan=False)
+    return Split(tokens_N=tokens_N, lengths_S=index.lengths_S, documents_D=index.documents_D, bytes=shard.bytes)
 
 
 def _shown(value: object) -> str:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from data.corpus import Corpus
 from data.tokenizer import Bytes
@@ -30,16 +31,15 @@ TESTS = frozenset({"idle_test", "test", "tests"})
 class PythonDocs:
     """The running Python's documentation, bytes as tokens: about 2 MB, different on each Python version."""
 
-    isolate_documents: bool = True
-    """Packed documents: positions restart and attention stays inside a document. False: GPT-2's recipe, where
-    both cross."""
     validation_fraction: float = 0.05
     """Share of the documents held out, chosen by a hash of their names; strictly between 0 and 1."""
+
+    tokenizer: ClassVar[Bytes] = Bytes()
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, known without loading."""
-        return Bytes().vocab_size
+        return self.tokenizer.vocab_size
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""
@@ -67,7 +67,6 @@ class PythonDocs:
             modules | topics,
             source=f"Python {platform.python_version()} docs ({len(modules)} modules, {len(topics)} topics)",
             validation_fraction=self.validation_fraction,
-            isolate_documents=self.isolate_documents,
         )
 
 

@@ -23,6 +23,9 @@ KINDS = {
 PREPARED = "prepare.lock"
 """A folder with this file holds shards: no text, though their manifest ends in .json."""
 
+LIST = "manifest.json"
+"""A file of this name in a folder lists what lies beside it, and is no text."""
+
 
 @dataclass
 class Sources:
@@ -31,7 +34,7 @@ class Sources:
     files: list[str] = field(default_factory=list)
     """To read."""
     ignored: list[str] = field(default_factory=list)
-    """In the folders, but of no known kind, or hidden."""
+    """In the folders, but of no known kind, hidden, or a manifest."""
 
 
 def kind(path: str) -> str | None:
@@ -81,7 +84,8 @@ def _walk(folder: str, found: Sources, seen: set[str]) -> None:
         seen.add(os.path.realpath(here))
         for name in files:
             path = os.path.join(here, name)
-            (found.ignored if name.startswith(".") or kind(name) is None else found.files).append(path)
+            read = kind(name) is not None and name != LIST and not name.startswith(".")
+            (found.files if read else found.ignored).append(path)
         found.ignored += [os.path.join(here, name, "") for name in folders if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
 

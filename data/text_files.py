@@ -36,9 +36,6 @@ class TextFiles(Prepared):
     hash of its text decides where a document goes, so that copies fall on one side."""
     bad_records: Fail | Skip = Fail()
     """What happens at a record that cannot be used."""
-    isolate_documents: bool = True
-    """Packed documents: positions restart and attention stays inside a document. False: GPT-2's recipe, where
-    both cross."""
     cut_text_bytes: int = 16384
     """Plain text is cut into documents behind the first blank line after so many bytes (behind a line, if there is
     none for as many again); 0: each file is one document."""

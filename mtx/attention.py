@@ -28,7 +28,7 @@ from pallas_kernels.attention import (
     refuse,
     with_sinks,
 )
-from pallas_kernels.masks import FAR, Blocks, Causal, Documents, Full, Mask, Window, bind
+from pallas_kernels.masks import FAR, Blocks, Causal, Documents, Full, Mask, Prefix, Window, bind
 from pallas_kernels.patterns import BigBird, Chosen, Fixed, LocalGlobal, Longformer, Strided
 
 
@@ -68,13 +68,15 @@ class AttentionConfig:
         if self.softcap is not None and self.softcap <= 0:
             yield "softcap", "must be positive; None has no cap"
 
-    def mask(self, *, causal: bool, documents: bool) -> Mask:
-        """What a token of these layers sees."""
+    def mask(self, *, causal: bool, documents: bool, prefix: bool = False) -> Mask:
+        """What a token of these layers sees. `prefix`: also its prefix, whatever comes first."""
         parts: list[Mask] = []
         if self.window is not None:
             parts.append(Window(self.window - 1, 0 if causal else self.window - 1))
         elif causal:
             parts.append(Causal())
+        if prefix:
+            parts = [parts[0] | Prefix()]
         if documents:
             parts.append(Documents())
         if self.pattern is not None:
@@ -158,6 +160,9 @@ class Attention(nnx.Module):
         """out_BTNH, where shapes are one device's: the mask is bound and the backend chosen in there."""
         operands = [("BTNH", q_BTNH), ("BSKH", k_BTKH), ("BSKH", v_BTKH)]
         given = {"segments": ("BT", context.segment_BT)} if context.mask.has(Documents) else {}
+        if context.mask.has(Prefix):
+            assert context.prefix_BT is not None
+            given["prefix"] = ("BT", context.prefix_BT)
         if self.sink_N is not None:
             given["sinks"] = ("N", self.sink_N[...])
         if dropped := self.dropout > 0.0 and context.key_B is not None:
@@ -169,7 +174,7 @@ class Attention(nnx.Module):
         def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *values: jax.Array) -> jax.Array:
             named = dict(zip(given, values, strict=True))
             dropout = Dropout(self.dropout, (named["word0"], named["word1"]), named["head"]) if dropped else None
-            mask = bind(context.mask, q_BTNH.shape[1], segments=named.get("segments"))
+            mask = bind(context.mask, q_BTNH.shape[1], segments=named.get("segments"), prefix=named.get("prefix"))
             with refusing():
                 return flash_attention(
                     q_BTNH,

@@ -23,7 +23,7 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     run = open_run(folder, overrides, flags.step)
     eval_fn = jax.jit(run.program.eval_sums)
     with jax.set_mesh(run.program.mesh):
-        values = validate(run.config, run.program, run.corpus, eval_fn, run.params, split=flags.split)
+        values = validate(run.config, run.program, run.loader, eval_fn, run.params, split=flags.split)
     found = {name.removeprefix("val/"): value for name, value in values.items()}
     print(json.dumps({"run": str(folder), "step": run.step, "split": flags.split, **found}))
     return 0

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import jax
 
-from data import Corpus
+from data import Loader
+from data.tokenizer import Tokenizer
 from mtx import decode
 from mtx.command import run_folder
 from mtx.decode import Sampling
@@ -65,11 +66,11 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     """`python main.py generate RUN --prompt TEXT`: returns the exit code."""
     folder, overrides = run_folder(flags, words, "generate")
 
-    def opened() -> tuple[Program, Params, Corpus]:
+    def opened() -> tuple[Program, Params, Loader]:
         talk()
         keep_compiled()
         run = open_run(folder, overrides, flags.step)
-        return run.program, run.params, run.corpus
+        return run.program, run.params, run.loader
 
     run(flags, opened)
     return 0
@@ -99,15 +100,15 @@ def _text(prompt: str | Path) -> str:
         raise ConfigError(f"--prompt-file {prompt} cannot be read: {why}.") from error
 
 
-def run(flags: argparse.Namespace, opened: Callable[[], tuple[Program, Params, Corpus]]) -> None:
+def run(flags: argparse.Namespace, opened: Callable[[], tuple[Program, Params, Loader]]) -> None:
     """Prints each prompt with its continuation; several get a line with their number above them.
 
     `opened` gives the trained model; it is called once the flags are known to be right. Raises: ConfigError.
     """
     asked = check(flags)
-    program, params, corpus = opened()
+    program, params, loader = opened()
     texts = answers(
-        program, params, corpus, asked.prompts, tokens=asked.tokens, sampling=asked.sampling, seed=asked.seed
+        program, params, loader, asked.prompts, tokens=asked.tokens, sampling=asked.sampling, seed=asked.seed
     )
     if jax.process_index() == 0:
         print(page(asked.prompts, texts), flush=True)
@@ -124,7 +125,7 @@ def page(prompts: Sequence[str], texts: Sequence[str]) -> str:
 def answers(
     program: Program,
     params: Params,
-    corpus: Corpus,
+    loader: Loader,
     prompts: Sequence[str],
     *,
     tokens: int = TOKENS,
@@ -135,21 +136,22 @@ def answers(
 
     Raises: ConfigError for what the model cannot do (`decode.generate`).
     """
-    end = corpus.tokenizer.end_of_document
-    if corpus.isolate_documents and not all(prompts):
+    tokenizer, isolated = loader.corpus.tokenizer, loader.packing.isolate_documents
+    end = tokenizer.end_of_document
+    if isolated and not all(prompts):
         log.warning(
             "an empty prompt stands for the end of the document before, which this model never saw go on "
-            "(data.isolate_documents=true); a few characters give better texts"
+            "(packing.isolate_documents=true); a few characters give better texts"
         )
-    starts = [corpus.encode(prompt) or [end] for prompt in prompts]
-    size = corpus.tokenizer.vocab_size
+    starts = [tokenizer.encode(prompt) or [end] for prompt in prompts]
+    size = tokenizer.vocab_size
     found = decode.generate(
         program, params, starts, tokens=tokens, sampling=sampling, seed=seed, stop=end, vocab_size=size
     )
-    return [_continuation(corpus, start, new) for start, new in zip(starts, found, strict=True)]
+    return [_continuation(tokenizer, start, new) for start, new in zip(starts, found, strict=True)]
 
 
-def _continuation(corpus: Corpus, start: list[int], new: list[int]) -> str:
+def _continuation(tokenizer: Tokenizer, start: list[int], new: list[int]) -> str:
     """Text of the new tokens as it follows the prompt's: a tokenizer may write a first token differently."""
-    before, whole = corpus.decode(start), corpus.decode(start + new)
-    return whole.removeprefix(before) if whole.startswith(before) else corpus.decode(new)
+    before, whole = tokenizer.decode(start), tokenizer.decode(start + new)
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(new)

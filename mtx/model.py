@@ -46,6 +46,8 @@ class Batch(NamedTuple):
     """Which document of the row a token belongs to, from 1; 0 is padding."""
     positions: jax.Array
     """Position within the document (or the row)."""
+    prefix: jax.Array | None = None
+    """Where in the row a token's prefix ends, which it sees; only with an objective that has prefixes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +215,7 @@ class Model:
         """What the layers share. `key_B` turns dropout on."""
         config = self.config
         dropped = config.dropout > 0 or config.attention_dropout > 0
-        return Context(doors, mask, batch.segments, batch.positions, key_B if dropped else None)
+        return Context(doors, mask, batch.segments, batch.positions, key_B if dropped else None, batch.prefix)
 
     def embed(self, ends: Params, token_BT: jax.Array, context: Context) -> jax.Array:
         """x_BTD, which the first layer reads."""
@@ -313,9 +315,9 @@ class Model:
         x_BTD, cache = self._through(params, step, ends.embed(token_BT, context), cache)
         return ends.norm(x_BTD), cache
 
-    def mask(self, documents: bool) -> Mask:
+    def mask(self, documents: bool, prefix: bool = False) -> Mask:
         """What a token of every layer sees."""
-        return self.config.attention.mask(causal=self.config.causal, documents=documents)
+        return self.config.attention.mask(causal=self.config.causal, documents=documents, prefix=prefix)
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,8 @@ import difflib
 import shlex
 from typing import Any
 
-from data import Prepared
+from data import Prepared, sources_of
+from data.blended import named
 from mtx.config import Loaded, check, load
 from mtx.errors import ConfigError, DataError
 
@@ -65,15 +66,18 @@ def run(loaded: Loaded, *, workers: int | None = None, **_: Any) -> None:
     Raises: ConfigError for a config that could not train either; DataError.
     """
     check(loaded.config)
-    data = loaded.config.data
-    if not isinstance(data, Prepared):
-        print(f"data={type(data).__name__} needs no preparation.")
-        return
-    try:
-        data.prepare(lambda line: print(line, flush=True), workers=workers)
-        print(table(data))
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    for name, data in sources_of(loaded.config.data).items():
+        if name:
+            print(f"source {name}")
+        if not isinstance(data, Prepared):
+            print(f"data={type(data).__name__} needs no preparation.")
+            continue
+        try:
+            with named(name):
+                data.prepare(lambda line: print(line, flush=True), workers=workers)
+            print(table(data))
+        except ValueError as error:
+            raise DataError(str(error)) from error
 
 
 def table(data: Prepared) -> str:

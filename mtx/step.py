@@ -23,7 +23,7 @@ from mtx.model import Batch, Model
 from mtx.optim import Counter, Optimizer, Progress
 from mtx.pipeline import Engine, OneFOneB, Parts, Schedule, to_order, to_rows
 from mtx.spmd import Compiled, CompiledDoors, Doors, Manual, ManualDoors, Params, map_weights
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import Mask, Prefix
 from pallas_kernels.threefry import Words, threefry2x32
 
 T = TypeVar("T")
@@ -193,8 +193,14 @@ class Program:
     def abstract_batch(self, microbatches: int, rows: int, time: int) -> Batch:
         """A Batch_MBT's shapes and shardings; `rows` is B, over all batch shards."""
         at = self.sharding(self.batch_spec)
-        dtypes: list[Any] = [jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32]
-        return jax.tree.map(lambda d: jax.ShapeDtypeStruct((microbatches, rows, time), d, sharding=at), Batch(*dtypes))
+        dtypes: dict[str, Any] = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {
+            "weights": jnp.float32
+        }
+        if self.mask.has(Prefix):
+            dtypes["prefix"] = jnp.int32
+        shape = (microbatches, rows, time)
+        arrays: Any = {name: jax.ShapeDtypeStruct(shape, d, sharding=at) for name, d in dtypes.items()}
+        return Batch(**arrays)
 
     def lower_train_step(self, microbatches: int, rows: int, time: int) -> jax.stages.Lowered:
         """The real train step, lowered for the mesh's devices, present or not."""
@@ -279,7 +285,16 @@ class Program:
 
             return jax.make_array_from_callback(tuple(shape), sharding, part)
 
-        return Batch(**{name: one(arrays[name]) for name in Batch._fields})
+        return Batch(**{name: one(arrays[name]) for name in Batch._fields if name in arrays})
+
+    def share_of_rows(self) -> tuple[int, int]:
+        """(which, of how many): the part of every batch's rows that this process loads; others may load the same."""
+        shape = (math.prod(self.mesh.shape.values()),)
+        rows: dict[int, set[int]] = {}
+        for device, index in self.sharding(P(*self.layout.activation("B"))).devices_indices_map(shape).items():
+            rows.setdefault(device.process_index, set()).update(range(*index[0].indices(shape[0])))
+        parts = sorted({tuple(sorted(held)) for held in rows.values()})
+        return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
     def _place(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.reshard(x, spec) if self.mesh.size > 1 else x
@@ -415,7 +430,7 @@ class Program:
             if self.stages > 1:
                 sums = self._engine(doors, count, forward=True).sums(used, (batch, None))
             else:
-                parts = [Batch(*(x[i] for x in batch)) for i in range(count)]
+                parts = [jax.tree.map(lambda x: x[i], batch) for i in range(count)]  # noqa: B023 (used at once)
                 sums = sum((self._sums(doors, used, part, None) for part in parts), start=jnp.zeros(3))
             return doors.sum_over("B", sums[1:])
 

@@ -67,11 +67,13 @@ def ask_main(asked: list[list[str]]) -> list[tuple[int | str, str, str, bool]]:
 # What is refused before a device is touched: how each line of the error begins. One line for each problem.
 
 NO_VERB = "error: there is no verb"
-VERBS = "Verbs: train, eval, generate, prepare, doctor."
+VERBS = "Verbs: train, eval, generate, prepare, data, doctor."
 NO_FILE_SYSTEM = "is not on a file system: a checkpoint is sealed by a rename that object stores do not have. Mount"
 FOLDER = "such as python main.py"
 TRAINED, A_KIND = "error: --train-tokenizer ", "a kind and a number of tokens"
 KINDS = "Kinds: bpe, wordpiece, unigram."
+DATA = ("get debian|austen --out DIR", "show RUN --sample N", "stats --config FILE [--html FILE]")
+SUBCOMMANDS = ", ".join(f"python main.py data {words}" for words in DATA)
 REFUSED = [
     ("C steps=0", ["error: steps=0 must be positive."]),
     (
@@ -181,6 +183,27 @@ REFUSED = [
     ("generate no/run", ["error: generate needs --prompt TEXT or --prompt-file FILE;"]),
     ("generate no/run --promt hello", ["error: generate needs --prompt TEXT or --prompt-file FILE;"]),
     ("generate no/run --prompt a --tokens 0", ["error: --tokens 0 must be at least 1."]),
+    ("data", [f"error: data needs a subcommand: {SUBCOMMANDS}."]),
+    ("data stast C", [f"error: there is no data stast; did you mean data stats? Type: {SUBCOMMANDS}."]),
+    ("data xyz C", [f"error: there is no data xyz. Type: {SUBCOMMANDS}."]),
+    (
+        "data show runs/x",
+        ["error: data show needs --sample N, the number of a sample, from 0; such as --sample 123456."],
+    ),
+    (
+        "data show --sample 4",
+        ["error: data show takes one run folder (none is given); such as python main.py data show "],
+    ),
+    ("data stats", ["error: --config FILE is missing; such as --config configs/quickstart.py."]),
+    ("data stats C --out x", ["error: --out is for data get; leave it out of data stats."]),
+    ("data stats C --fresh", ["error: --fresh is for train alone; leave it out of data."]),
+    ("data stats C stesp=3", ["error: stesp: Config has no field 'stesp'; did you mean steps?"]),
+    ("data get C", ["error: data get takes a recipe, not --config; such as python main.py data get austen --out aus"]),
+    ("data get", ["error: data get takes one recipe (none is given): austen, debian; such as python main.py data g"]),
+    ("data get a b=3", ["error: data get takes one recipe (got a, b=3): austen, debian; such as python main.py da"]),
+    ("data get austin", ["error: there is no recipe 'austin'; did you mean austen? Recipes: austen, debian."]),
+    ("data get debian", ["error: data get needs a folder for the corpus; add --out debian."]),
+    ("data get debian --out x --html y", ["error: --html is for data stats; leave it out of data get."]),
     ("doctor steps=3", ["error: doctor takes no steps=3; python main.py doctor --help shows what it takes."]),
 ]
 
@@ -293,6 +316,7 @@ EVERY = {f"--{flag}" for flag in FLAGS}
 OWN = {
     "train": set(),
     "doctor": {"--folder", "--need-gb", "--dev"},
+    "data": {"--out", "--sample", "--html"},
     "prepare": {"--train-tokenizer", "--workers"},
     "eval": {"--split", "--step"},
     "generate": {
@@ -300,7 +324,7 @@ OWN = {
     },
 }
 """In the order in which they are asked: JAX, once imported, stays."""
-NO_JAX = {"train", "doctor"}
+NO_JAX = {"train", "doctor", "data"}
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import mistakes_of_data
 import pytest
 
-from data import Bpe, PythonDocs, Skip, TextFiles
+from data import Bpe, Skip, TextFiles
 from mtx import config as configs
 from mtx.attention import AttentionConfig
 from mtx.checkpoint import Checkpoints
@@ -80,6 +81,7 @@ def load(tmp_path):
 # What a user gets wrong. (words, hint), on 8 devices; the hint is all that follows but for lists of fields.
 
 TEXT = "data=TextFiles data.paths=texts "
+SHARDS = "data=MegatronShards data.train=a data.tokenizer=Bytes "
 TOKENIZERS = "one of Bytes, Bpe, WordPiece, SentencePiece, Gpt2, TokenizerFile, WordPieceFile, SentencePieceFile"
 NOT_A_FILE_SYSTEM = (
     " is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
@@ -373,12 +375,31 @@ MISTAKES = {
         ("precision.compute=fp16", "precision.compute=fp16 must be one of auto, float32, bfloat16."),
     ],
     "PythonDocs": [
-        ("data=Wikipedia", "data=Wikipedia must be one of PythonDocs, TextFiles."),
+        ("data=Wikipedia", "data=Wikipedia must be one of PythonDocs, TextFiles, MegatronShards, Blend."),
         ("data.validation_fraction=2", "data.validation_fraction=2.0 must lie strictly between 0 and 1; try 0.05."),
+    ],
+    "MegatronShards": [
+        ("data=MegatronShards", "data=MegatronShards needs data.train=... data.tokenizer=... too"),
+        (
+            "data=MegatronShards data.tokenizer=Bytes data.train=,",
+            "data.train=, is empty; name a pair of files without .bin and .idx.",
+        ),
+        (f"{SHARDS}data.test=x", "data.test=x needs validation, for without it split gives both; name validation, or"),
+        (
+            f"{SHARDS}data.split=0,1",
+            "data.split=0,1 must be one to three numbers, the first above 0, none below; try 949",
+        ),
+        (
+            "data=MegatronShards data.train=a data.tokenizer=Bpe",
+            "data.tokenizer=Bpe must be one of Bytes, Gpt2, TokenizerFile, WordPieceFile, Sent",
+        ),
     ],
     "TextFiles": [
         ("data=TextFiles", "data=TextFiles needs data.paths=... too."),
-        ("data=textfiles", "data=textfiles must be one of PythonDocs, TextFiles; did you mean TextFiles?"),
+        (
+            "data=textfiles",
+            "data=textfiles must be one of PythonDocs, TextFiles, MegatronShards, Blend; did you mean TextFiles?",
+        ),
         ("data.paths=texts", "data.paths: PythonDocs has no field 'paths'; TextFiles has it: add data=TextFiles."),
         (
             f"{TEXT}data.validation_fraction=0.1",
@@ -565,6 +586,7 @@ MISTAKES = {
         ("wandb=mtx", "wandb: Config has no field 'wandb'; did you mean reporting.wandb?"),
     ],
 }
+MISTAKES |= mistakes_of_data.MISTAKES
 
 OVERRIDE_MISTAKES = [mistake for group in MISTAKES.values() for mistake in group]
 
@@ -644,9 +666,17 @@ def test_file_mistakes_are_refused_with_a_hint(load, edit, hint):
     assert hint in said(load, "", edit)
 
 
+@pytest.mark.parametrize("mistake", mistakes_of_data.FILE_MISTAKES, ids=lambda mistake: mistake[0][1])
+def test_mistakes_of_a_blend_are_refused_with_a_hint(load, mistake):
+    edit, *hints = mistake
+    message = said(load, "", edit)
+    assert all(hint in message for hint in hints)
+
+
 def test_every_config_dataclass_has_a_mistake_in_the_tables():
     rows = {"Row"} if any("Row(" in edit[1] for edit, _ in FILE_MISTAKES) else set()
-    assert set(MISTAKES) | rows == set(schema.reachable(Config))
+    in_files = {"Weighted", "Phase"}
+    assert set(MISTAKES) | rows | in_files == set(schema.reachable(Config))
     assert all(MISTAKES.values())
     assert len(OVERRIDE_MISTAKES) + len(FILE_MISTAKES) >= 40
 
@@ -885,12 +915,9 @@ def test_a_part_that_may_be_none_is_chosen_and_removed(load):
     assert load("model.positions.scaling=None", edit).config.model.positions == Rotary()
 
 
-def test_another_source_of_data_keeps_what_both_have(load):
-    edit = ("PythonDocs()", "PythonDocs(isolate_documents=False)")
+def test_another_source_of_data_is_chosen_with_its_parts(load):
     words = f"{TEXT}data.tokenizer=Bpe data.bad_records=Skip data.bad_records.budget=7"
-    wanted = TextFiles(paths="texts", tokenizer=Bpe(), bad_records=Skip(budget=7), isolate_documents=False)
-    assert load(words, edit).config.data == wanted
-    assert load("data=PythonDocs", edit).config.data == PythonDocs(isolate_documents=False)
+    assert load(words).config.data == TextFiles(paths="texts", tokenizer=Bpe(), bad_records=Skip(budget=7))
 
 
 def test_a_config_in_hand_is_overridden_as_a_file_is(load):
@@ -1113,7 +1140,7 @@ def test_help_lists_every_field_with_type_value_origin_and_help(load):
     assert re.search(r"^tokens: int \| None = None +default\n    Tokens to train on, ", text, re.MULTILINE)
     assert re.search(r"^checkpoints: Checkpoints \| None = Checkpoints +default$", text, re.MULTILINE)
     assert "TextFiles: Your own text: " in text
-    assert "Fields: paths, text_key=text, tokenizer=Bytes()," in text
+    assert "Fields: paths, text_key=text, prompt_key=None," in text
     assert re.search(r"^seed: int = 3 +command line\n    Of initial weights, ", text, re.MULTILINE)
     assert re.search(
         rf"^optimizer: AdamW \| Lion \| Sgd = AdamW\s+\S*small.py:{line_of('optimizer=')}$", text, re.MULTILINE
@@ -1156,7 +1183,10 @@ def test_types_that_a_file_can_get_wrong():
     assert not schema.fits(True, schema.fields(Layout)["zero"].annotation)
     assert schema.type_name(schema.fields(AttentionConfig)["kv_heads"].annotation) == "int | None"
     assert schema.expected(schema.fields(Config)["model"].annotation) == f"a {Transformer.__name__}"
-    assert schema.expected(schema.fields(Config)["data"].annotation) == "one of PythonDocs, TextFiles"
+    assert (
+        schema.expected(schema.fields(Config)["data"].annotation)
+        == "one of PythonDocs, TextFiles, MegatronShards, Blend"
+    )
     assert schema.expected(schema.fields(Config)["checkpoints"].annotation) == "a Checkpoints or None"
     assert schema.show(AdamW(b1=0.5)) == "AdamW(b1=0.5)"
     assert schema.show(Gelu(width=3)) == "Gelu(width=3)"

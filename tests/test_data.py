@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import Batch, Corpus, PythonDocs, Split
+from data import Batch, Concatenate, Corpus, Loader, Pick, PythonDocs, Split
 from data.packing import window_count
 from data.python_docs import module_documents, topic_documents
 from data.tokenizer import ByteTokenizer
@@ -30,36 +30,43 @@ def stream(*documents: str) -> np.ndarray:
     return np.array([token for text in documents for token in (*text.encode(), E)], np.uint16)
 
 
-def split_of(tokens_N: np.ndarray, isolate: bool = True) -> Split:
-    ends = int((tokens_N == E).sum())
+def split_of(tokens_N: np.ndarray) -> Split:
+    ends = np.flatnonzero(tokens_N == E)
     return Split(
         tokens_N=tokens_N,
-        documents=ends,
-        bytes=len(tokens_N) - ends,
-        end_of_document=E,
-        isolate_documents=isolate,
+        lengths_S=np.diff(ends, prepend=-1).astype(np.int32),
+        documents_D=np.arange(len(ends) + 1),
+        bytes=len(tokens_N) - len(ends),
     )
 
 
+def loader(corpus: Corpus, sequence_length: int, *, seed: int = 0, isolate: bool = True) -> Loader:
+    packing = Concatenate(isolate_documents=isolate)
+    return Loader(corpus=corpus, sequence_length=sequence_length, packing=packing, seed=seed)
+
+
 def pack(stream_N: np.ndarray, windows_B: list[int], *, sequence_length: int, isolate_documents: bool) -> Batch:
-    return split_of(stream_N, isolate_documents).batch(windows_B, sequence_length)
+    splits = {"train": split_of(stream_N), "validation": split_of(stream_N)}
+    corpus = Corpus(source="", tokenizer=ByteTokenizer(), splits=splits, digest="", gzip_bits_per_byte=None)
+    rows, _ = loader(corpus, sequence_length, isolate=isolate_documents).held_out("validation")[""]
+    return rows.batch([Pick(0, window) for window in windows_B])
 
 
-def numbered_corpus(*, tokens: int, isolate: bool, ends: tuple[int, ...] = ()) -> Corpus:
+def numbered_corpus(*, tokens: int, ends: tuple[int, ...] = ()) -> Corpus:
     """A corpus in which token i of the training stream is 1000 + i, except for ends of documents."""
     train = np.arange(1000, 1000 + tokens).astype(np.uint16)
     train[[*ends, -1]] = E
     return Corpus(
         source="numbers",
         tokenizer=ByteTokenizer(),
-        splits={"train": split_of(train, isolate), "validation": split_of(stream("xyz"), isolate)},
+        splits={"train": split_of(train), "validation": split_of(stream("xyz"))},
         digest="0" * 16,
         gzip_bits_per_byte=None,
     )
 
 
 def texts(corpus: Corpus, split: str) -> set[str]:
-    return set(corpus.decode(corpus.splits[split].tokens_N).rstrip("\n").split("\n"))
+    return set(corpus.tokenizer.decode(corpus.splits[split].tokens_N).rstrip("\n").split("\n"))
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -96,9 +103,8 @@ def test_documents_are_read_from_source(tmp_path: Path) -> None:
         "def Coder.code(self, x: int=1, *, y=None) -> str\n    Codes x.\n\n    Not y.\n\n"
         "async def late()\n    Late.\n"
     )
-    corpus = Corpus.from_documents(
-        documents, source="test", validation_fraction=0.5, isolate_documents=True
-    )  # A lone surrogate does not stop it.
+    corpus = Corpus.from_documents(documents, source="test", validation_fraction=0.5)
+    # A lone surrogate does not stop it.
     assert sum(split.documents for split in corpus.splits.values()) == 2
 
     assert topic_documents(tmp_path) == {}
@@ -118,7 +124,7 @@ def test_this_python_has_enough_text(docs: Corpus) -> None:
     assert 1_500_000 < train.bytes < 10_000_000
     assert train.documents > 250
     assert 0.02 < validation.bytes / train.bytes < 0.1
-    text = "".join(docs.decode(split.tokens_N) for split in docs.splits.values())
+    text = "".join(docs.tokenizer.decode(split.tokens_N) for split in docs.splits.values())
     assert "module json.decoder\n" in text
     assert all(topic in text for topic in topic_documents(Path(sysconfig.get_path("stdlib"))).values())
     held_out = validation.tokens_N[validation.tokens_N != E].astype(np.uint8).tobytes()
@@ -133,12 +139,12 @@ def test_this_python_has_enough_text(docs: Corpus) -> None:
 def test_loading_is_deterministic_and_imports_nothing(docs: Corpus, tmp_path: Path) -> None:
     program = """
 import hashlib, sys
-from data import PythonDocs
+from data import Loader, PythonDocs
 before = set(sys.modules)
 corpus = PythonDocs().load()
 print(sorted(name for name in set(sys.modules) - before if name[0] != "_"))  # _sysconfigdata_...
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("jax", "mtx", "turtle", "this", "pydoc")))
-batch = corpus.train(7, range(123456789, 123456794), 64)
+batch = Loader(corpus=corpus, sequence_length=64, seed=7).train(range(123456789, 123456794))
 print(hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdigest(), corpus.digest)
 """
     outputs = []
@@ -166,7 +172,7 @@ print(hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdig
 
 def test_split_is_disjoint_and_stable() -> None:
     def split(documents: dict[str, str]) -> tuple[set[str], set[str]]:
-        corpus = Corpus.from_documents(documents, source="test", validation_fraction=0.2, isolate_documents=True)
+        corpus = Corpus.from_documents(documents, source="test", validation_fraction=0.2)
         train, validation = texts(corpus, "train"), texts(corpus, "validation")
         assert {name: split.documents for name, split in corpus.splits.items()} == {
             "train": len(train),
@@ -189,7 +195,7 @@ def test_an_empty_split_is_refused() -> None:
     documents = {f"d{i}": "text" for i in range(20)}
     for fraction, change in (1e-9, "larger"), (1 - 1e-9, "smaller"):
         with pytest.raises(ValueError, match=f"empty; try a {change} one"):
-            Corpus.from_documents(documents, source="test", validation_fraction=fraction, isolate_documents=True)
+            Corpus.from_documents(documents, source="test", validation_fraction=fraction)
 
 
 # Packing
@@ -251,10 +257,11 @@ def test_window_count(tokens: int, windows: int) -> None:
 @pytest.mark.parametrize("isolate", [True, False])
 def test_each_token_is_a_target_once_in_an_epoch(tokens: int, isolate: bool) -> None:
     ends = (0, 4, 5)
-    corpus = numbered_corpus(tokens=tokens, isolate=isolate, ends=ends)
-    windows = corpus.train_windows(4)
+    corpus = numbered_corpus(tokens=tokens, ends=ends)
+    rows = loader(corpus, 4, seed=5, isolate=isolate)
+    windows = rows.epoch_samples[""]
     for epoch in 0, 3:
-        batches = [corpus.train(5, np.array([epoch * windows + i]), 4) for i in range(windows)]
+        batches = [rows.train(np.array([epoch * windows + i])) for i in range(windows)]
         targets = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])
         inputs = np.concatenate([batch["tokens"][batch["segments"] > 0] for batch in batches])
         firsts = [end + 1 for end in ends] if isolate else []
@@ -267,29 +274,30 @@ def test_each_token_is_a_target_once_in_an_epoch(tokens: int, isolate: bool) -> 
 
 def order(corpus: Corpus, seed: int, samples: range, length: int = 7) -> list[int]:
     """The windows of a numbered corpus that these samples are."""
-    return ((corpus.train(seed, samples, length)["tokens"][:, 0] - 1000) // length).tolist()
+    return ((loader(corpus, length, seed=seed, isolate=False).train(samples)["tokens"][:, 0] - 1000) // length).tolist()
 
 
 def test_samples_do_not_depend_on_the_batch(docs: Corpus) -> None:
-    whole = docs.train(1, np.arange(1000, 1064), 128)
-    quarters = [docs.train(1, np.arange(1000 + 16 * i, 1016 + 16 * i), 128) for i in range(4)]
+    rows = loader(docs, 128, seed=1)
+    whole = rows.train(np.arange(1000, 1064))
+    quarters = [rows.train(np.arange(1000 + 16 * i, 1016 + 16 * i)) for i in range(4)]
     joined = {name: np.concatenate([quarter[name] for quarter in quarters]) for name in whole}
     assert whole["tokens"].shape == (64, 128) and same(whole, joined)
-    rows = docs.train(1, np.array([1063, 1000, 1031]), 128)  # as a process reads its own
-    assert same(rows, {name: array[[63, 0, 31]] for name, array in whole.items()})
+    own = rows.train(np.array([1063, 1000, 1031]))  # as a process reads its own
+    assert same(own, {name: array[[63, 0, 31]] for name, array in whole.items()})
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 100])
 @pytest.mark.parametrize("epoch", [0, 1, 2**32, 2**40])
 def test_each_epoch_is_a_permutation(windows: int, epoch: int) -> None:
-    corpus = numbered_corpus(tokens=7 * windows + 1, isolate=False)
-    assert corpus.train_windows(7) == windows
+    corpus = numbered_corpus(tokens=7 * windows + 1)
+    assert loader(corpus, 7).epoch_samples == {"": windows}
     found = order(corpus, 3, range(epoch * windows, (epoch + 1) * windows))
     assert sorted(found) == list(range(windows))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    corpus = numbered_corpus(tokens=701, isolate=False)
+    corpus = numbered_corpus(tokens=701)
     orders = [order(corpus, seed, range(100 * e, 100 * e + 100)) for seed in range(4) for e in range(4)]
     assert len({tuple(found) for found in orders}) == len(orders)
     # No two agree in more places than two unrelated permutations do (1 on average).
@@ -300,7 +308,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 def test_the_order_of_training_has_not_moved() -> None:
     """If this moves, every run resumes in another order: say so in CHANGELOG.md, or undo what moved it."""
-    two_epochs = order(numbered_corpus(tokens=57, isolate=False), 0, range(16))
+    two_epochs = order(numbered_corpus(tokens=57), 0, range(16))
     assert two_epochs == [3, 6, 2, 1, 4, 5, 0, 7, 1, 3, 4, 7, 2, 0, 6, 5]
 
 
@@ -309,42 +317,42 @@ def test_any_sample_costs_the_same() -> None:
     import tracemalloc
 
     stream_N = np.broadcast_to(np.uint16(1), (2**31,))
-    corpus = numbered_corpus(tokens=12, isolate=False)
-    corpus.train(0, [0], 2)  # imports
+    corpus = numbered_corpus(tokens=12)
+    loader(corpus, 2).train([0])  # imports
     object.__setattr__(corpus, "splits", {"train": dataclasses.replace(corpus.splits["train"], tokens_N=stream_N)})
     tracemalloc.start()
     started = time.process_time()
-    batch = corpus.train(0, np.arange(2**62, 2**62 + 32), 2)
+    rows = loader(corpus, 2)
+    batch = rows.train(np.arange(2**61, 2**61 + 32))
     assert time.process_time() - started < 1.0
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
-    assert corpus.train_windows(2) == 2**30 and batch["tokens"].shape == (32, 2)
+    assert rows.epoch_samples == {"": 2**30} and batch["tokens"].shape == (32, 2)
 
 
 def test_validation_is_the_held_out_text_in_order(docs: Corpus) -> None:
     split = docs.splits["validation"]
-    stream_N, batch = split.tokens_N, split.batch(range(split.windows(100)), 100)
+    rows, _ = loader(docs, 100).held_out("validation")[""]
+    stream_N, batch = split.tokens_N, rows.batch([Pick(0, row) for row in range(len(rows))])
     assert batch["tokens"].shape == (window_count(len(stream_N), 100), 100)
     real = batch["segments"] > 0
     assert batch["targets"][real].tolist() == stream_N[1:].tolist()
     assert batch["weights"].sum() == len(stream_N) - split.documents
-    part = split.batch([7, 3], 100)
+    part = rows.batch([Pick(0, 7), Pick(0, 3)])
     assert same(part, {name: array[[7, 3]] for name, array in batch.items()})
-    with pytest.raises(ValueError, match="no window -1"):
-        split.batch([-1], 100)
 
 
 # Edges
 
 
 def test_encode_and_decode() -> None:
-    corpus = numbered_corpus(tokens=12, isolate=True)
-    assert corpus.vocab_size == PythonDocs().vocab_size == 257
-    assert corpus.encode("h\u00e9") == [104, 195, 169]
-    assert corpus.decode(np.array([104, 195, 169, E, 195, 104])) == "h\u00e9\n\ufffdh"
+    tokenizer = numbered_corpus(tokens=12).tokenizer
+    assert tokenizer.vocab_size == PythonDocs().vocab_size == 257
+    assert tokenizer.encode("h\u00e9") == [104, 195, 169]
+    assert tokenizer.decode(np.array([104, 195, 169, E, 195, 104])) == "h\u00e9\n\ufffdh"
     for token in 257, -1:
         with pytest.raises(ValueError, match=r"0\.\.256"):
-            corpus.decode([token])
+            tokenizer.decode([token])
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
@@ -355,13 +363,10 @@ def test_check_names_the_field(fraction: float) -> None:
 
 
 def test_config_is_frozen_and_hashable() -> None:
-    assert hash(PythonDocs()) == hash(PythonDocs(isolate_documents=True))
-    assert [field.name for field in dataclasses.fields(PythonDocs)] == [
-        "isolate_documents",
-        "validation_fraction",
-    ]
+    assert hash(PythonDocs()) == hash(PythonDocs(validation_fraction=0.05))
+    assert [field.name for field in dataclasses.fields(PythonDocs)] == ["validation_fraction"]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PythonDocs().isolate_documents = False  # pyrefly: ignore
+        PythonDocs().validation_fraction = 0.5  # pyrefly: ignore
 
 
 @pytest.mark.parametrize(
@@ -375,18 +380,17 @@ def test_config_is_frozen_and_hashable() -> None:
     ],
 )
 def test_wrong_arguments_say_what_to_type(arguments: tuple[int, list[int], int], message: str) -> None:
-    corpus = numbered_corpus(tokens=12, isolate=True)
-    assert corpus.train(0, [0], 11)["weights"].sum() == 11
+    corpus = numbered_corpus(tokens=12)
+    assert loader(corpus, 11).check().train([0])["weights"].sum() == 11
+    seed, samples, length = arguments
     with pytest.raises(ValueError, match=message):
-        corpus.train(*arguments)
-    with pytest.raises(ValueError, match=r"try batch\.sequence_length"):
-        corpus.splits["validation"].windows(0)
+        loader(corpus, length, seed=seed).check().train(samples)
 
 
 def test_the_digest_changes_with_any_token() -> None:
     def digest(*documents: str) -> str:
         named = {str(i): text for i, text in enumerate(documents)}
-        return Corpus.from_documents(named, source="", validation_fraction=0.5, isolate_documents=True).digest
+        return Corpus.from_documents(named, source="", validation_fraction=0.5).digest
 
     one = digest("abc", "def", "ghi", "jkl")
     assert one == digest("abc", "def", "ghi", "jkl") and len(one) == 16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toys
 
-from data import Corpus
+from data import Concatenate, Corpus, Loader
 from mtx import decode, generate
 from mtx.decode import Sampling
 from mtx.errors import ConfigError
@@ -18,11 +18,10 @@ END = 256
 MODEL = Transformer(**{**toys.LLAMA.__dict__, "vocab_size": 300})
 
 
-def corpus(isolate_documents: bool = True) -> Corpus:
+def loader(isolate_documents: bool = True) -> Loader:
     documents = {f"document {i}": "some text\n" for i in range(20)}
-    return Corpus.from_documents(
-        documents, source="a test", validation_fraction=0.3, isolate_documents=isolate_documents
-    )
+    corpus = Corpus.from_documents(documents, source="a test", validation_fraction=0.3)
+    return Loader(corpus=corpus, sequence_length=8, packing=Concatenate(isolate_documents=isolate_documents))
 
 
 def flags(*words: str) -> argparse.Namespace:
@@ -75,7 +74,7 @@ def params(p) -> dict:
 
 
 def test_answers_are_texts_up_to_the_end_of_document():
-    p, text = toys.program(MODEL), corpus()
+    p, text = toys.program(MODEL), loader()
     weights = params(p)
     prompts, kw = ["abc", "", "é\n"], {"tokens": 150, "sampling": Sampling(temperature=1.0), "seed": 2}
     starts = [[97, 98, 99], [END], [0xC3, 0xA9, 10]]
@@ -87,7 +86,7 @@ def test_answers_are_texts_up_to_the_end_of_document():
 
 def test_only_tokens_of_the_tokenizer_are_made():
     """The model knows 300 tokens, the tokenizer 257: the others have no text."""
-    p, text = toys.program(MODEL), corpus()
+    p, text = toys.program(MODEL), loader()
     weights = toys.weights_of(MODEL)
     weights["ends"]["head_VD"][257:] = 1e4 * np.resize([1, -1], (len(weights["ends"]["head_VD"]) - 257, 1))
     placed = jax.tree.map(jax.device_put, weights, p.shardings("weights"))
@@ -95,7 +94,7 @@ def test_only_tokens_of_the_tokenizer_are_made():
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]):
-    p, text = toys.program(MODEL), corpus()
+    p, text = toys.program(MODEL), loader()
     weights = params(p)
 
     def opened() -> tuple:
@@ -113,5 +112,5 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("isolated", [True, False])
 def test_an_empty_prompt_is_said_where_it_means_little(isolated: bool, caplog: pytest.LogCaptureFixture):
     p = toys.program(MODEL)
-    generate.answers(p, params(p), corpus(isolated), [""], tokens=1)
+    generate.answers(p, params(p), loader(isolated), [""], tokens=1)
     assert ["empty prompt" in record.message for record in caplog.records] == [True] * isolated

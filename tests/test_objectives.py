@@ -229,7 +229,7 @@ def test_cuts_between_characters_of_bpe_tokens() -> None:
         (MaskedLm(max_predictions=0), "max_predictions"),
         (SpanCorruption(noise_density=1.0), "noise_density"),
         (SpanCorruption(mean_span_tokens=0.5), "mean_span_tokens"),
-        (SentencePairs(short_rate=2, masking=MaskedLm(rate=1.0)), "short_rate masking.rate"),
+        (SentencePairs(short_rate=2), "short_rate"),
         (Specials(mask=5, sentinels=(5, -1)), "sentinels sentinels"),
     ],
 )

@@ -124,7 +124,7 @@ def test_the_number_of_workers_changes_nothing(tokenizer, monkeypatch: pytest.Mo
         one.prepare(lines.append, workers=workers)
         found.append(contents(Path(one.folder)))
         (reading,) = (line for line in lines if line.startswith("reading"))
-        assert f" {sum(source.documents for source in one.manifest().sources):,} documents" in reading
+        assert f" {sum(sum(source.documents.values()) for source in one.manifest().sources):,} documents" in reading
         assert not Path(one.folder, "pieces").exists()
     assert found[0] == found[1] == found[2]
     manifests = found[0].pop("manifest.json"), contents(Path("whole")).pop("manifest.json")
@@ -358,7 +358,7 @@ def test_all_kinds_of_files_give_one_text() -> None:
     config = TextFiles(paths="text", split="28,1,1")
     config.prepare(lambda line: None)
     corpus = config.load()
-    found = [corpus.decode(split.tokens_N) for split in corpus.splits.values()]
+    found = [corpus.tokenizer.decode(split.tokens_N) for split in corpus.splits.values()]
     assert sorted("".join(found).replace("\n\n", "\n").splitlines()) == sorted(text.strip() for text in texts)
     assert [split.documents for split in corpus.splits.values()] == [28, 1, 1]
 
@@ -374,7 +374,9 @@ def test_the_order_of_paths_moves_no_document() -> None:
     for config in one, two, three:
         config.prepare(lambda line: None)
         corpus = config.load()
-        splits.append({name: set(corpus.decode(s.tokens_N).splitlines()) for name, s in corpus.splits.items()})
+        splits.append(
+            {name: set(corpus.tokenizer.decode(s.tokens_N).splitlines()) for name, s in corpus.splits.items()}
+        )
     assert splits[0] == splits[1] == splits[2]
     assert (Path("one/train.bin").read_bytes()) == Path("two/train.bin").read_bytes()
 
@@ -384,7 +386,7 @@ def test_empty_documents_are_counted_and_left_out() -> None:
     config = TextFiles(paths="a.jsonl", split="2,1,1")
     config.prepare(lambda line: None)
     (source,) = config.manifest().sources
-    assert (source.documents, source.empty, source.bad) == (4, 2, {})
+    assert (sum(source.documents.values()), source.empty, source.bad) == (4, 2, {})
     assert sum(shard.documents for shard in config.manifest().splits.values()) == 4
 
 

@@ -24,6 +24,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "c/shards/prepare.lock",
         "none/x.csv",
         "one.json",
+        "c/deep/manifest.json",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -46,6 +47,7 @@ ALL = ["c/a.TXT", "c/b.jsonl", "c/deep/er/z.parquet", "c/deep/m.md", "c/part.jso
         ("c/**/m.*", ["c/deep/m.md"]),
         ("./one.json", ["one.json"]),
         ("c/.b.txt", ["c/.b.txt"]),
+        ("c/deep/manifest.json", ["c/deep/manifest.json"]),
     ],
 )
 def test_paths_name_files(paths: str, files: list[str], tree: Path) -> None:
@@ -53,7 +55,7 @@ def test_paths_name_files(paths: str, files: list[str], tree: Path) -> None:
 
 
 def test_what_is_not_read_is_listed(tree: Path) -> None:
-    assert find("c").ignored == ["c/.b.txt", "c/.git", "c/noise", "c/x.jsonl.bz2"]
+    assert find("c").ignored == ["c/.b.txt", "c/.git", "c/deep/manifest.json", "c/noise", "c/x.jsonl.bz2"]
     assert find("c/*.jsonl*").ignored == ["c/x.jsonl.bz2"]
 
 

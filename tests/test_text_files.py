@@ -18,6 +18,7 @@ from test_tokenizer import LEARNED, unigram
 from data import (
     Bpe,
     Bytes,
+    Loader,
     SentencePiece,
     SentencePieceFile,
     Skip,
@@ -97,14 +98,14 @@ def test_what_is_prepared_is_what_is_read(tokenizer, tmp_path: Path, monkeypatch
     assert config.is_prepared()
     config.verify()
     corpus = config.load()
-    assert corpus.vocab_size == config.vocab_size == SIZES[tokenizer]
+    assert corpus.tokenizer.vocab_size == config.vocab_size == SIZES[tokenizer]
     copies = {path.name for path in config.prepared_folder().iterdir()} & {
         "tokenizer.json",
         "tokenizer.model",
         "vocab.txt",
     }
     assert copies == ({tokenizer.copy_name} if isinstance(tokenizer, Defined) else set())
-    found = {name: corpus.decode(split.tokens_N).splitlines() for name, split in corpus.splits.items()}
+    found = {name: corpus.tokenizer.decode(split.tokens_N).splitlines() for name, split in corpus.splits.items()}
     assert {name: len(lines) for name, lines in found.items()} == {"train": 96, "validation": 12, "test": 12}
     assert sorted(line for lines in found.values() for line in lines) == sorted(texts)
     for name, split in corpus.splits.items():
@@ -118,16 +119,11 @@ def test_what_is_prepared_is_what_is_read(tokenizer, tmp_path: Path, monkeypatch
 
 def test_an_epoch_of_shards_holds_each_token_once(config: TextFiles) -> None:
     corpus = config.load()
-    windows = corpus.train_windows(32)
-    batch = corpus.train(0, np.arange(windows, 2 * windows), 32)
+    rows = Loader(corpus=corpus, sequence_length=32)
+    windows = rows.epoch_samples[""]
+    batch = rows.train(np.arange(windows, 2 * windows))
     real = batch["segments"] > 0
     assert sorted(batch["targets"][real]) == sorted(corpus.splits["train"].tokens_N[1:])
-
-
-def test_who_joins_documents_reads_the_same_shards(config: TextFiles) -> None:
-    joined = dataclasses.replace(config, isolate_documents=False)
-    assert joined.prepared_folder() == config.prepared_folder()
-    assert joined.load().train(0, [0], 64)["segments"].max() == 1 < config.load().train(0, [0], 512)["segments"].max()
 
 
 FILES = [config for config in SIZES if isinstance(config, Given)]
@@ -273,7 +269,7 @@ def test_a_tokenizer_learns_from_all_parts_of_the_training_text_alone(
         return whole(tokenizer, seen)
 
     corpus = config.load()
-    train = corpus.decode(corpus.splits["train"].tokens_N).splitlines()
+    train = corpus.tokenizer.decode(corpus.splits["train"].tokens_N).splitlines()
     monkeypatch.setattr(Bpe, "learn", learn)
     monkeypatch.setattr(Bpe, "training_bytes", lambda self: most)
     lines: list[str] = []
@@ -359,7 +355,7 @@ def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
     for source in manifest.sources:
         raw = Path(source.name).read_bytes()
         assert source.sha256 == hashlib.sha256(raw).hexdigest()
-        assert (source.bytes, source.documents, source.empty, source.bad) == (len(raw), 40, 0, {})
+        assert (source.bytes, sum(source.documents.values()), source.empty, source.bad) == (len(raw), 40, 0, {})
     assert list(manifest.splits) == ["train", "validation", "test"]
     for name, shard in manifest.splits.items():
         for suffix, size, sha256 in (
@@ -379,7 +375,10 @@ def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
 def sequences(config: TextFiles, split: str) -> list[list[str]]:
     """The text of each sequence of a split, by document, read with nothing of ours but the tokenizer."""
     corpus = config.load()
-    return [[corpus.decode(tokens) for tokens in document] for document in megatron(config.prepared_folder(), split)]
+    return [
+        [corpus.tokenizer.decode(tokens) for tokens in document]
+        for document in megatron(config.prepared_folder(), split)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -76,6 +76,7 @@ def program(
     optimizer: Optimizer = Sgd(clip_norm=None),
     loss: CrossEntropy = CrossEntropy(chunk_tokens=16, z_loss=1e-3),
     documents: bool = True,
+    prefix: bool = False,
     compute=jnp.float32,
     stored=jnp.float32,
     devices=None,
@@ -100,7 +101,7 @@ def program(
         partition=partition,
         compute=jnp.dtype(compute),
         stored=jnp.dtype(stored),
-        mask=built.mask(documents),
+        mask=built.mask(documents, prefix),
         steps=steps,
         schedule=schedule,
     )

@@ -12,17 +12,23 @@ from data.objectives.curriculum import (
     FixedDiscrete,
     FixedLinear,
     FixedRoot,
+    Length,
     LengthWarmup,
+    MetricFile,
     Pacing,
+    Rarity,
     easiest_first,
 )
 from data.objectives.draws import Draws, generator
 from data.objectives.fim import FillInTheMiddle
 from data.objectives.masked import Chunk, MaskedLm, SentencePairs
-from data.objectives.row import Codec, Frame, Row, Specials, WindowObjective, stack
+from data.objectives.row import Codec, Frame, Objective, Row, Specials, WindowObjective, stack
 from data.objectives.spans import SpanCorruption
 
+AnyObjective = CausalLm | PrefixLm | FillInTheMiddle | MaskedLm | SentencePairs | SpanCorruption | Completion
+
 __all__ = [
+    "AnyObjective",
     "CausalLm",
     "Chunk",
     "Codec",
@@ -34,12 +40,16 @@ __all__ = [
     "FixedLinear",
     "FixedRoot",
     "Frame",
+    "Length",
     "LengthWarmup",
     "MaskedLm",
+    "MetricFile",
+    "Objective",
     "Pacing",
     "Packed",
     "Piece",
     "PrefixLm",
+    "Rarity",
     "Row",
     "SentencePairs",
     "SpanCorruption",

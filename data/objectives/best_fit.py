@@ -1,12 +1,12 @@
 """Rows of whole documents, or of prompts with their completions, packed so that as little as possible is cut."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data.objectives.row import Example, Frame, Row, examples_row
+from data.objectives.row import Example, Frame, Objective, Row, examples_row
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -76,17 +76,16 @@ class Packed(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
+class Completion(Objective):
     """A completion and its end, after a prompt that is only read; several pairs to a row, none cut."""
 
     prefix: bool = False
     """Whether a prompt's tokens see one another in both directions."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields nothing: any value will do."""
-        yield from ()
+    @property
+    def attention(self) -> Literal["causal", "prefix"]:
+        """See `Objective`."""
+        return "prefix" if self.prefix else "causal"
 
     def pack(self, pair_tokens: Sequence[tuple[int, int]], sequence_length: int) -> Packed:
         """Rows of pairs, from the lengths of (prompt, completion), best fit."""

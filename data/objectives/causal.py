@@ -1,30 +1,20 @@
 """Predicting the next token: of all, or of what follows a prefix that is read both ways."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from data.objectives.draws import Draws
-from data.objectives.row import Frame, Row, window_row
+from data.objectives.row import Frame, Row, WindowObjective, window_row
 from data.packing import Window
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLm:
+class CausalLm(WindowObjective):
     """Every token from those before it: `packing.pack`, a window at a time."""
 
     purpose: ClassVar[str] = "causal"
-    needs: ClassVar[tuple[str, ...]] = ()
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields nothing: there is nothing to set."""
-        yield from ()
-
-    def window_length(self, sequence_length: int) -> int:
-        """Targets of the window that makes a row of `sequence_length` positions."""
-        return sequence_length
 
     def row(self, window: Window, frame: Frame, draws: Draws) -> Row:
         """The window as a row; it needs no draws."""
@@ -32,22 +22,18 @@ class CausalLm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixLm:
+class PrefixLm(WindowObjective):
     """What follows a prefix of random length, whose tokens see one another (Raffel et al. 2019, section 3.2.1).
 
     Each segment of the row, a document or all of it, has a prefix: 1 token to all but the last target, as likely.
     """
 
     purpose: ClassVar[str] = "prefix"
-    needs: ClassVar[tuple[str, ...]] = ()
 
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields nothing: there is nothing to set."""
-        yield from ()
-
-    def window_length(self, sequence_length: int) -> int:
-        """Targets of the window that makes a row of `sequence_length` positions."""
-        return sequence_length
+    @property
+    def attention(self) -> Literal["prefix"]:
+        """See `Objective`."""
+        return "prefix"
 
     def row(self, window: Window, frame: Frame, draws: Draws) -> Row:
         """The window as a row with `prefix`; targets inside a prefix weigh 0, the first behind it does not."""

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from data.objectives.draws import generator, permuted
+from data.packing import Batch
 
 
 class Pacing(Protocol):
@@ -126,6 +127,50 @@ def easiest_first(metric_N: np.ndarray | Sequence[float]) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Length:
+    """Tokens of a row's longest document: DeepSpeed's `seqlen`."""
+
+    def measure(self, batch: Batch, counts_V: np.ndarray) -> np.ndarray:
+        """float64 [B]."""
+        segments_BT = batch["segments"]
+        return np.array([np.bincount(row)[1:].max(initial=0) for row in segments_BT], np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rarity:
+    """Mean of -log p over a row's tokens, p being a token's share of the training text: DeepSpeed's `vocabularyrarity`
+    divided by the tokens, so that padding makes nothing easy."""
+
+    def measure(self, batch: Batch, counts_V: np.ndarray) -> np.ndarray:
+        """float64 [B]; counts_V: how often the training text has each token."""
+        surprise_V = -np.log(np.maximum(counts_V, 1) / counts_V.sum())
+        real_BT = batch["segments"] > 0
+        surprise_BT = surprise_V[np.minimum(batch["tokens"], len(counts_V) - 1)] * real_BT
+        return surprise_BT.sum(axis=1) / np.maximum(real_BT.sum(axis=1), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricFile:
+    """Your own: an .npy with a number for each row of the training split."""
+
+    path: str
+    """The file."""
+
+    def read(self, rows: int) -> np.ndarray:
+        """float64 [rows]. Raises: ValueError that names the file."""
+        try:
+            metric_N = np.load(self.path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"curriculum.metric.path={self.path} cannot be read: {error}.") from error
+        if metric_N.shape != (rows,) or metric_N.dtype.kind not in "iuf" or not np.isfinite(metric_N).all():
+            raise ValueError(
+                f"curriculum.metric.path={self.path} holds {metric_N.dtype} {list(metric_N.shape)}; it must hold a "
+                f"finite number for each of the {rows} rows of the training split."
+            )
+        return metric_N.astype(np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Curriculum:
     """Easy samples first: a pool of the easiest ones that grows (Li et al. 2022, "DeepSpeed Data Efficiency").
 
@@ -134,12 +179,15 @@ class Curriculum:
 
     pacing: FixedLinear | FixedRoot | FixedDiscrete
     """Step to the difficulty that is permitted."""
+    metric: Length | Rarity | MetricFile = Length()
+    """How difficult a sample is."""
     by: Literal["percentile", "value"] = "percentile"
     """What a difficulty is: percent of the samples, or the most that a sample's metric may be."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""
-        yield from ((f"pacing.{field}", what) for field, what in self.pacing.check())
+        if any(self.pacing.check()):
+            return
         if self.by == "percentile" and self.pacing.difficulty(self.pacing.last_step) != 100:
             yield "pacing", "must end at 100 percent, or some samples are never drawn"
 
@@ -150,15 +198,19 @@ class Curriculum:
             return max(1, int(np.searchsorted(metric_N, difficulty, side="right")))
         return max(1, min(difficulty, 100) * len(metric_N) // 100)
 
-    def draw(self, seed: int, source: str, sample: int, *, global_size: int, metric_N: np.ndarray) -> int:
-        """The rank that sample `sample` of training has among the easiest: `easiest_first(...)[rank]` is its number.
-
-        A function of its arguments alone, at the same cost for any sample. global_size: samples of a step.
-        """
-        pool = self.permitted(sample // global_size, metric_N)
+    def pool(self, step: int, metric_N: np.ndarray) -> tuple[int, int]:
+        """How many of the easiest samples may be drawn at a step, and the step since which it has been so many."""
+        pool = self.permitted(step, metric_N)
         steps = range(self.pacing.last_step + 1)
-        first_step = bisect.bisect_left(steps, pool, key=lambda step: self.permitted(step, metric_N))
-        epoch, index = divmod(sample - first_step * global_size, pool)
+        return pool, bisect.bisect_left(steps, pool, key=lambda step: self.permitted(step, metric_N))
+
+    def draw(self, seed: int, source: str, pool: int, sample: int) -> int:
+        """The rank among the easiest that a source's sample has, counted from where its pool became what it is:
+        `easiest_first(...)[rank]` is its number.
+
+        A function of its arguments alone, at the same cost for any sample.
+        """
+        epoch, index = divmod(sample, pool)
         return permuted(generator(seed, "curriculum", source, epoch, pool), index, pool)
 
 
@@ -174,10 +226,9 @@ class LengthWarmup:
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""
-        yield from ((f"pacing.{field}", what) for field, what in self.pacing.check())
         if not self.lengths or sorted(set(self.lengths)) != list(self.lengths) or self.lengths[0] < 1:
             yield "lengths", "must ascend from 1 or more; try 128,512,1024"
-        elif self.pacing.difficulty(self.pacing.last_step) < self.lengths[-1]:
+        elif not any(self.pacing.check()) and self.pacing.difficulty(self.pacing.last_step) < self.lengths[-1]:
             yield "pacing", f"must reach the whole row; try pacing.last={self.lengths[-1]}"
 
     def length(self, step: int) -> int:

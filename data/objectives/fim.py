@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from data.objectives.draws import Draws
-from data.objectives.row import Codec, Frame, Row, Specials, check_shares, documents, window_row
+from data.objectives.row import Codec, Frame, Row, Specials, WindowObjective, check_shares, documents, window_row
 from data.packing import Window
 
 UNREADABLE = "\ufffd"
@@ -15,7 +15,7 @@ UNREADABLE = "\ufffd"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FillInTheMiddle:
+class FillInTheMiddle(WindowObjective):
     """Documents of a window cut in three at two random places, as prefix, suffix, middle (Bavarian et al. 2022).
 
     PSM is `<prefix> p <suffix> s <middle> m`, SPM `<prefix> <suffix> s <middle> p m` (their appendix D, the second
@@ -36,10 +36,6 @@ class FillInTheMiddle:
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""
         yield from check_shares(self, "rate", "spm_rate")
-
-    def window_length(self, sequence_length: int) -> int:
-        """Targets of the window that makes a row of `sequence_length` positions."""
-        return sequence_length
 
     def row(self, window: Window, frame: Frame, draws: Draws) -> Row:
         """The window as a row, each of its documents as it is or permuted.

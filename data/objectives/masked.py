@@ -8,12 +8,12 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from data.objectives.draws import Draws
-from data.objectives.row import Frame, Row, check_shares, window_row
+from data.objectives.row import Frame, Objective, Row, WindowObjective, check_shares, window_row
 from data.packing import Window
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedLm:
+class MaskedLm(WindowObjective):
     """Some tokens from all others (Devlin et al. 2018, section 3.1); a target is at its token's own position."""
 
     rate: float = 0.15
@@ -40,9 +40,15 @@ class MaskedLm:
         if self.max_predictions is not None and self.max_predictions < 1:
             yield "max_predictions", "must be at least 1; None sets no limit"
 
-    def window_length(self, sequence_length: int) -> int:
-        """Targets of the window that makes a row of `sequence_length` positions."""
-        return sequence_length
+    @property
+    def attention(self) -> Literal["both"]:
+        """See `Objective`."""
+        return "both"
+
+    @property
+    def by_word(self) -> bool:
+        """See `Objective`."""
+        return self.whole_words
 
     def row(self, window: Window, frame: Frame, draws: Draws) -> Row:
         """The window's inputs as a row, for attention in both directions.
@@ -94,7 +100,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SentencePairs:
+class SentencePairs(Objective):
     """`[CLS] a [SEP] b [SEP]`, masked; half of the time b does not follow a, and `label` is 1 instead of 0.
 
     a and b are pieces of text, of a sentence or many. A row also has `types`, 0 up to the first `[SEP]`, then 1.
@@ -111,10 +117,19 @@ class SentencePairs:
     purpose: ClassVar[str] = "sentence pairs"
     needs: ClassVar[tuple[str, ...]] = ("mask", "cls", "sep")
 
+    @property
+    def attention(self) -> Literal["both"]:
+        """See `Objective`."""
+        return "both"
+
+    @property
+    def by_word(self) -> bool:
+        """See `Objective`."""
+        return self.masking.whole_words
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""
         yield from check_shares(self, "short_rate")
-        yield from ((f"masking.{field}", what) for field, what in self.masking.check())
 
     def chunks(self, sentence_tokens: Sequence[Sequence[int]], sequence_length: int) -> list[Chunk]:
         """The samples of an epoch, from each document's sentences' lengths: as many sentences as fill a row.

@@ -1,8 +1,9 @@
 """A row: one sample of a batch, and what all objectives share."""
 
+import abc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -60,6 +61,16 @@ class Specials:
         """Those of these fields that are not set: an objective's `needs`."""
         return [name for name in needs if not self._tokens(name)]
 
+    def names(self) -> dict[int, str]:
+        """What each of them is called: mask, fim_prefix, sentinel 3 ..."""
+        found = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            found |= dict.fromkeys(self._tokens(field.name), field.name)
+            if isinstance(value, tuple):
+                found |= {token: f"sentinel {i}" for i, token in enumerate(value)}
+        return found
+
     def tokens(self) -> list[int]:
         """All of them."""
         return [token for field in fields(self) for token in self._tokens(field.name)]
@@ -101,17 +112,43 @@ class Frame:
         return token
 
 
-class WindowObjective(Protocol):
-    """An objective over windows of a stream."""
+class Objective:
+    """Base of objectives, with what the plainest one says."""
 
     purpose: ClassVar[str]
     """Of its random numbers: `generator(seed, purpose, source, epoch, index)`."""
-    needs: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
     """The special tokens that it uses, as fields of `Specials`."""
 
-    def check(self) -> Iterator[tuple[str, str]]: ...
-    def window_length(self, sequence_length: int) -> int: ...
-    def row(self, window: Window, frame: Frame, draws: Draws) -> Row: ...
+    @property
+    def attention(self) -> Literal["causal", "prefix", "both"]:
+        """What a token must see: those before it; these and its prefix, which the rows name; all of its segment."""
+        return "causal"
+
+    @property
+    def by_word(self) -> bool:
+        """Whether it must know which tokens start a word."""
+        return False
+
+    def sentinels(self, sequence_length: int) -> int:
+        """How many it uses, of rows so long."""
+        return 0
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, what is wrong with its value and what to type) for each wrong field."""
+        yield from ()
+
+
+class WindowObjective(Objective, abc.ABC):
+    """An objective over windows of a stream."""
+
+    def window_length(self, sequence_length: int) -> int:
+        """Targets of the window that makes a row of `sequence_length` positions."""
+        return sequence_length
+
+    @abc.abstractmethod
+    def row(self, window: Window, frame: Frame, draws: Draws) -> Row:
+        """A window as a row."""
 
 
 class Example(NamedTuple):

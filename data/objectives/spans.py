@@ -3,12 +3,12 @@
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from data.objectives.draws import Draws
-from data.objectives.row import Example, Frame, Row, Specials, check_shares, documents, examples_row
+from data.objectives.row import Example, Frame, Row, Specials, WindowObjective, check_shares, documents, examples_row
 from data.packing import Window
 
 SHORTEST = 2
@@ -16,7 +16,7 @@ SHORTEST = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpanCorruption:
+class SpanCorruption(WindowObjective):
     """T5's objective (Raffel et al. 2019, section 3.1.4) for a decoder: the corrupted text is a prefix of the answer.
 
     `a b c d e f` becomes `a b <0> e <1> <end>` to read and `<0> c d <1> f <end>` to write. All ways to place the spans
@@ -30,6 +30,15 @@ class SpanCorruption:
 
     purpose: ClassVar[str] = "span corruption"
     needs: ClassVar[tuple[str, ...]] = ("sentinels",)
+
+    @property
+    def attention(self) -> Literal["prefix"]:
+        """See `Objective`."""
+        return "prefix"
+
+    def sentinels(self, sequence_length: int) -> int:
+        """See `Objective`."""
+        return self.counts(self.window_length(sequence_length))[1]
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, what is wrong with its value and what to type) for each wrong field."""

@@ -69,6 +69,10 @@ class Defined(abc.ABC):
     def read(self, definition: bytes) -> Tokenizer:
         """Raises: ValueError that says what is wrong with the definition, without its file's name."""
 
+    @abc.abstractmethod
+    def has_special(self, name: str) -> bool:
+        """Whether the tokenizer will have this special token (see `spellings`). Raises: ValueError."""
+
 
 class Learned(Defined):
     """Base of configs whose definition is learned from the training text."""
@@ -76,6 +80,10 @@ class Learned(Defined):
     def training_bytes(self) -> int:
         """Text that it learns from, at most: more changes little, and needs more time and memory."""
         return 64_000_000
+
+    def has_special(self, name: str) -> bool:
+        """See `Defined`: none, unless a kind says so."""
+        return False
 
     @abc.abstractmethod
     def learn(self, texts: Iterable[str]) -> bytes:
@@ -104,6 +112,10 @@ class Given(Defined):
     def vocab_size(self) -> int:
         """Number of tokens. Raises: ValueError that names the file."""
         return self.size_of(self.original())
+
+    def has_special(self, name: str) -> bool:
+        """See `Defined`. Raises: ValueError that names the file."""
+        return read_file(self, self.original()).special(name) is not None
 
     def size_of(self, path: Path) -> int:
         """The same of a copy. Raises: ValueError that names the file."""
@@ -173,6 +185,10 @@ class Bytes:
     def vocab_size(self) -> int:
         """Number of tokens."""
         return ByteTokenizer.vocab_size
+
+    def has_special(self, name: str) -> bool:
+        """Whether the tokenizer has this special token: none but the end of document."""
+        return False
 
 
 def too_many(vocab_size: int, reached: int, least: int) -> ValueError:

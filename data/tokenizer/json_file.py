@@ -46,6 +46,10 @@ class JsonTokenizer:
         """See `Tokenizer`."""
         return next((self._special[text] for text in spellings(name) if text in self._special), None)
 
+    def pieces(self) -> list[str]:
+        """The text of each token, as the vocabulary writes it."""
+        return [self._tokenizer.id_to_token(number) or "" for number in range(self.vocab_size)]
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without an end of document; lone surrogates become "?"."""
         return self.encode_batch([text.encode(errors="replace")])[0].tolist()

@@ -95,6 +95,10 @@ class SentencePieceTokenizer:
         """Text of tokens, ends of documents as newlines, what is not UTF-8 as U+FFFD. Raises: ValueError."""
         return "\n".join(self._model.decode(part) for part in by_document(tokens, self))
 
+    def pieces(self) -> list[str]:
+        """The text of each token, as the model writes it."""
+        return [self._model.id_to_piece(number) for number in range(self.vocab_size)]
+
     def _around_spaces(self, text: str) -> np.ndarray:
         parts = self._model.encode(text.split(SPACE), out_type=int)
         pieces = [np.array(part, np.int32) for part in parts]
@@ -134,6 +138,10 @@ class SentencePiece(Learned):
     def read(self, definition: bytes) -> SentencePieceTokenizer:
         """See `Defined`."""
         return SentencePieceTokenizer(definition, exact=True)
+
+    def has_special(self, name: str) -> bool:
+        """See `Defined`."""
+        return name in (*OWN, *(f"{SENTINEL}{i}" for i in range(self.sentinels)))
 
     def learn(self, texts: Iterable[str]) -> bytes:
         """The model for these texts. Raises: ValueError if they do not do for so many tokens."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer.interface import Given, Learned, too_many
+from data.tokenizer.interface import Given, Learned, spellings, too_many
 from data.tokenizer.json_file import JsonTokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -66,6 +66,10 @@ class WordPiece(Learned):
     def read(self, definition: bytes) -> WordPieceTokenizer:
         """See `Defined`."""
         return WordPieceTokenizer(definition, self.lowercase)
+
+    def has_special(self, name: str) -> bool:
+        """See `Defined`."""
+        return any(spelling in SPECIAL for spelling in spellings(name))
 
     def learn(self, texts: Iterable[str]) -> bytes:
         """The vocab.txt for these texts. Raises: ValueError if they do not hold so many tokens."""

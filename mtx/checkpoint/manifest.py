@@ -14,6 +14,8 @@ from typing import Any
 
 NAME = "manifest.json"
 PROMISES = "promises"
+BESIDE = ".data"
+"""Behind a step's number: files that processes of the run wrote besides its arrays, until it is sealed."""
 FORMAT = 1
 THREADS = 8
 """Files hashed at a time: one thread hashes about 1.4 GiB/s where the CPU has SHA instructions."""
@@ -50,7 +52,9 @@ def promise(checkpoints: Path, manifest: Manifest) -> None:
 
 
 def seal(checkpoints: Path, manifest: Manifest) -> None:
-    """After it is written: hash the step's files and write its manifest, last."""
+    """After it is written: take in what lies beside it, hash the step's files and write its manifest, last."""
+    if (beside := checkpoints / f"{manifest.step}{BESIDE}").is_dir():
+        beside.rename(checkpoints / str(manifest.step) / BESIDE[1:])
     write(checkpoints / str(manifest.step), manifest)
     _sync(checkpoints)
     (checkpoints / PROMISES / f"{manifest.step}.json").unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,8 +114,17 @@ class Store:
 
     # Saving.
 
-    def save(self, state: Any, step: int, about: Mapping[str, Any], val_loss: float | None = None) -> None:
+    def save(
+        self,
+        state: Any,
+        step: int,
+        about: Mapping[str, Any],
+        val_loss: float | None = None,
+        beside: Callable[[Path], None] | None = None,
+    ) -> None:
         """Copy the state off the devices; write, hash and seal it in the background.
+
+        `beside` writes what else belongs to the step to a folder, at once; `Store.beside` is where it lies then.
 
         Waits for the save before. Raises: NumericsError, before anything is written, if an array holds what
         is not finite; StorageError after two saves in a row that failed.
@@ -131,6 +140,9 @@ class Store:
         manifest = Manifest(step=step, arrays=described, about=about, val_loss=val_loss)
         self._in_flight = step
         try:
+            if beside is not None:
+                (there := self.folder / f"{step}{manifests.BESIDE}").mkdir(parents=True, exist_ok=True)
+                beside(there)
             if self.first:
                 manifests.promise(self.folder, manifest)
             self._manager.save(step, args=self._items(self._args.StandardSave, arrays))
@@ -212,6 +224,10 @@ class Store:
             shutil.rmtree(doomed)
 
     # Finding and restoring.
+
+    def beside(self, step: int) -> Path:
+        """The folder of what was saved beside a step's arrays; it may be absent."""
+        return self.folder / str(step) / manifests.BESIDE[1:]
 
     def steps(self) -> list[int]:
         """Steps that have a folder, verified or not, newest first."""

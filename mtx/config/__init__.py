@@ -9,8 +9,8 @@ from mtx.config.cluster import Cluster
 from mtx.config.loading import Loaded, load, workdir
 from mtx.config.overrides import override
 from mtx.config.printing import differences, dump, help_text, print_help, read_dump, text
-from mtx.config.root import BatchConfig, Config, microbatches, total_steps
-from mtx.config.run_folder import versions, write_run_folder
+from mtx.config.root import BatchConfig, Config, loader, mask_of, microbatches, total_steps
+from mtx.config.run_folder import read_config, versions, write_run_folder
 
 __all__ = [
     "BatchConfig",
@@ -22,9 +22,12 @@ __all__ = [
     "dump",
     "help_text",
     "load",
+    "loader",
+    "mask_of",
     "microbatches",
     "override",
     "print_help",
+    "read_config",
     "read_dump",
     "text",
     "total_steps",

@@ -5,10 +5,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
+from data import BestFit, CausalLm, SentencePairs, WindowObjective, lacking
 from mtx import attention
 from mtx.config import schema
 from mtx.config.overrides import raise_all, sentence
-from mtx.config.root import Config
+from mtx.config.root import Config, mask_of
 from mtx.config.schema import is_config, join, show
 from mtx.errors import Checked, ConfigError, DeviceError
 from mtx.layers import Learned
@@ -71,10 +72,13 @@ def _own(value: Any, path: str, mistyped: list[str]) -> list[Said]:
     for name, inner in schema.values(value).items():
         if is_config(inner):
             found += _own(inner, join(path, name), mistyped)
+        elif isinstance(inner, tuple):
+            for i, item in enumerate(inner):
+                found += _own(item, f"{join(path, name)}[{i}]", mistyped) if is_config(item) else []
     if isinstance(value, Checked) and not any(wrong.startswith(path) for wrong in mistyped):
         for name, why in value.check():
             here = join(path, name)
-            if not any(below.startswith(f"{here}.") for below, _ in found):
+            if not any(below.startswith((f"{here}.", f"{here}[")) for below, _ in found):
                 found.append((here, sentence(f"{here}={show(_at(value, name))} {why}")))
     return found
 
@@ -164,6 +168,12 @@ def _batch(case: _Case) -> Iterator[str]:
 def _time(case: _Case) -> Iterator[str]:
     length, layout = case.config.batch.sequence_length, case.layout
     parts = layout.size(*layout.axes(RESIDUAL_TIME, "activations"))
+    warmup = case.config.length_warmup
+    if warmup is not None and (wrong := [n for n in warmup.lengths[:-1] if n % parts]):
+        yield (
+            f"length_warmup.lengths={schema.show(warmup.lengths)} holds {wrong[0]}, which does not divide over "
+            f"mesh.model={parts} (layout.sequence_parallel); try multiples of {parts}."
+        )
     if length % parts:
         yield (
             f"batch.sequence_length={length} does not divide over mesh.model={parts} (layout.sequence_parallel); "
@@ -230,12 +240,49 @@ def _pattern(case: _Case) -> Iterator[str]:
 
 
 def _vocabulary(case: _Case) -> Iterator[str]:
-    needed, found = case.config.data.vocab_size, case.config.model.vocab_size
-    if found < needed:
-        data = type(case.config.data).__name__
+    config = case.config
+    found, data = config.model.vocab_size, type(config.data).__name__
+    try:
+        more = lacking(config.data.tokenizer, config.objective, config.batch.sequence_length)
+    except ValueError:
+        return  # of the length: said by `_rows`
+    if found < (needed := config.data.vocab_size + more):
+        special = f" and {more} special ones of objective={type(config.objective).__name__}" if more else ""
         yield (
-            f"model.vocab_size={found} is smaller than the {needed} tokens of data={data}; "
+            f"model.vocab_size={found} is smaller than the {needed - more} tokens of data={data}{special}; "
             f"try model.vocab_size={needed}."
+        )
+
+
+def _attention(case: _Case) -> Iterator[str]:
+    objective, causal = case.config.objective, case.config.model.causal
+    name = type(objective).__name__
+    if objective.attention == "both" and causal:
+        yield f"objective={name} is for models that see both ways, and model.causal=true; try model.causal=false."
+    elif objective.attention != "both" and not causal:
+        yield (
+            f"objective={name} is for causal models, and model.causal=false sees what is to be guessed; try "
+            "model.causal=true, or a masked objective."
+        )
+
+
+def _rows(case: _Case) -> Iterator[str]:
+    config = case.config
+    name, length = type(config.objective).__name__, config.batch.sequence_length
+    if isinstance(config.packing, BestFit) and not isinstance(config.objective, CausalLm):
+        yield f"packing=BestFit goes with objective=CausalLm, not {name}; try packing=Concatenate."
+    if isinstance(config.objective, SentencePairs):
+        yield "objective=SentencePairs makes pairs and labels, and no model here has a head for them; try MaskedLm."
+    try:
+        config.objective.sentinels(length)
+        if isinstance(config.objective, WindowObjective):
+            config.objective.window_length(length)
+    except ValueError as error:
+        yield str(error)
+    if (warmup := config.length_warmup) is not None and warmup.lengths[-1] != length:
+        yield (
+            f"length_warmup.lengths ends at {warmup.lengths[-1]}, and batch.sequence_length={length}; the last must be "
+            f"the whole row: try batch.sequence_length={warmup.lengths[-1]}."
         )
 
 
@@ -293,7 +340,7 @@ def _backend(case: _Case) -> Iterator[str]:
     chip = _MADE_FOR.get(config.model.attention.backend)
     if chip is None:
         return
-    mask = config.model.attention.mask(causal=config.model.causal, documents=config.data.isolate_documents)
+    mask = mask_of(config)
     dtype = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
     length, rate = config.batch.sequence_length, config.model.attention_dropout
     sizes = {"rows": 1, "time": length, "dropout": rate, "there": False}
@@ -305,13 +352,15 @@ def _backend(case: _Case) -> Iterator[str]:
 
 _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...] = (
     (("batch", "mesh", "layout", "model"), _batch),
-    (("batch", "mesh", "layout"), _time),
+    (("batch", "mesh", "layout", "length_warmup"), _time),
     (("batch", "mesh", "layout", "model", "pipeline", "partition"), _pipeline),
     (("batch", "model"), _positions),
     (("batch", "model"), _pattern),
-    (("data", "model"), _vocabulary),
+    (("objective", "model"), _attention),
+    (("objective", "packing", "curriculum", "batch", "length_warmup"), _rows),
+    (("data", "model", "objective", "batch"), _vocabulary),
     (("model", "mesh", "layout"), _tensor_parallel),
-    (("model", "data", "precision", "batch"), _backend),
+    (("model", "objective", "packing", "precision", "batch"), _backend),
 )
 """Checks across dataclasses, each with the fields that must be right for it to make sense."""
 

@@ -50,9 +50,16 @@ def flat(dumped: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {prefix: dumped[CLASS]} if prefix else {}
     for name, value in dumped.items():
         if name != CLASS:
-            here = join(prefix, name)
-            found |= flat(value, here) if isinstance(value, Mapping) else {here: value}
+            found |= _flat(value, join(prefix, name))
     return found
+
+
+def _flat(value: Any, here: str) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return flat(value, here)
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return {path: x for i, item in enumerate(value) for path, x in flat(item, f"{here}[{i}]").items()}
+    return {here: value}
 
 
 def differences(old: Config | Mapping[str, Any], new: Config | Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -125,7 +132,8 @@ def _help(loaded: Loaded, config: Any, prefix: str) -> list[str]:
         left = here if single else f"{here}: {schema.type_name(field.annotation)} = {value_text}"
         origin = "" if single else loaded.origin(here)
         gap = WIDTH - len(left) - len(origin)
-        lines += [f"{left}{' ' * gap}{origin}"] if gap > 1 else [left, origin.rjust(WIDTH)]
+        wide = [*textwrap.wrap(left, WIDTH, subsequent_indent="        "), origin.rjust(WIDTH)]
+        lines += [f"{left}{' ' * gap}{origin}"] if gap > 1 else wide
         lines += _indented(schema.help_of(type(config), name), 4)
         for other in schema.classes(field.annotation).values():
             if not single:

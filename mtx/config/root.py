@@ -1,12 +1,27 @@
 """The root config of a run, and what is derived from it."""
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from data import PythonDocs, TextFiles
+from data import (
+    AnyObjective,
+    BestFit,
+    Blend,
+    CausalLm,
+    Completion,
+    Concatenate,
+    Curriculum,
+    LengthWarmup,
+    Loader,
+    MegatronShards,
+    PythonDocs,
+    Text,
+    TextFiles,
+)
 from mtx.checkpoint import Checkpoints
 from mtx.errors import Problem
 from mtx.layout import BoundLayout, Layout
@@ -17,6 +32,7 @@ from mtx.model import Transformer
 from mtx.optim import AdamW, Lion, Sgd
 from mtx.pipeline import GPipe, Interleaved, OneFOneB, ZeroBubble
 from mtx.spmd import Compiled, Manual, Precision
+from pallas_kernels.masks import Mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +61,7 @@ class Config:
 
     model: Transformer
     """The network."""
-    data: PythonDocs | TextFiles
+    data: PythonDocs | TextFiles | MegatronShards | Blend
     """Where tokens come from."""
     batch: BatchConfig
     """How many tokens a step sees."""
@@ -57,6 +73,14 @@ class Config:
     """Tokens to train on, rounded up to whole steps."""
     epochs: float | None = None
     """Passes over the training data, rounded up to whole steps."""
+    objective: AnyObjective = CausalLm()
+    """What is learned of the tokens."""
+    packing: Concatenate | BestFit = Concatenate()
+    """How documents share rows."""
+    curriculum: Curriculum | None = None
+    """Which samples come first; None: all, shuffled."""
+    length_warmup: LengthWarmup | None = None
+    """Shorter rows first; None: all rows are batch.sequence_length long."""
     loss: CrossEntropy = CrossEntropy()
     """What is minimised."""
     mesh: MeshConfig = MeshConfig()
@@ -131,6 +155,27 @@ class Config:
 LENGTHS = ("steps", "tokens", "epochs")
 
 
+def loader(config: Config, corpus: Text) -> Loader:
+    """The rows that a config trains on. Raises: ValueError if the text has none."""
+    return Loader(
+        corpus=corpus,
+        sequence_length=config.batch.sequence_length,
+        objective=config.objective,
+        packing=config.packing,
+        curriculum=config.curriculum,
+        global_size=config.batch.global_size,
+        seed=config.seed,
+    ).check()
+
+
+def mask_of(config: Config) -> Mask:
+    """What a token of every layer sees."""
+    attention = config.objective.attention
+    # Padding, which has a segment of its own, is hidden from what sees both ways; several prompts share a row.
+    apart = config.packing.isolate_documents or attention == "both" or isinstance(config.objective, Completion)
+    return config.model.attention.mask(causal=config.model.causal, documents=apart, prefix=attention == "prefix")
+
+
 def total_steps(
     config: Config, samples_per_epoch: Callable[[], int], done_steps: int = 0, done_samples: int = 0
 ) -> int:
@@ -140,6 +185,11 @@ def total_steps(
     """
     if config.steps is not None:
         return config.steps
+    if config.tokens is not None and (warmup := config.length_warmup) is not None:
+        steps = bisect.bisect_left(
+            range(config.tokens + 1), config.tokens, key=lambda n: warmup.tokens(n, config.batch.global_size)[0]
+        )
+        return max(steps, done_steps)
     if config.tokens is not None:
         samples = Fraction(config.tokens, config.batch.sequence_length)
     else:

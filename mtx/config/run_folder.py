@@ -1,4 +1,4 @@
-"""What a run was: written to its folder before anything else happens."""
+"""What a run was: written to its folder before anything else happens, and read from it."""
 
 import json
 import platform
@@ -10,7 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 from mtx.config.loading import ROOT, Loaded
-from mtx.config.printing import differences, dump, text
+from mtx.config.printing import differences, dump, read_dump, text
+from mtx.config.root import Config
+from mtx.errors import ConfigError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -50,6 +52,17 @@ def write_run_folder(loaded: Loaded, workdir: Path, argv: list[str]) -> None:
         uncommitted.write_bytes(diff)
     else:
         uncommitted.unlink(missing_ok=True)
+
+
+def read_config(folder: Path) -> Config:
+    """The config that a run folder was last started with. Raises: ConfigError."""
+    path = folder / "config.json"
+    try:
+        return read_dump(json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise ConfigError(f"{folder} is no run folder: it has no config.json; such as runs/quickstart.") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is not of this version: {type(error).__name__}: {error}.") from error
 
 
 def versions() -> dict[str, str | None]:

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from data import Corpus
+from data import Loader
 from mtx import config as configs
 from mtx import mesh as meshes
 from mtx.attention import choose_backend
-from mtx.config import Config, Loaded
+from mtx.config import Config, Loaded, schema
 from mtx.errors import DataError
 from mtx.layout import BoundLayout, Placement
 from mtx.metrics import peak_flops
@@ -37,7 +37,7 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
     model = Model(config.model, Placement.even(config.model.layers, stages, chunks))
     layout.check(flatten(model.weights))
     compute, _ = config.precision.resolve(devices[0])
-    mask = model.mask(config.data.isolate_documents)
+    mask = configs.mask_of(config)
     attention = config.model.attention
     heads, kv_heads = (
         count // layout.size(*layout.axes(name, "activations"))
@@ -88,14 +88,21 @@ def prepare_data(loaded: Loaded, children: list[subprocess.Popen], *, alone: boo
         raise DataError(f"the data could not be prepared: `prepare` ended with exit code {code}, see above.")
 
 
-def load_data(config: Config) -> Corpus:
-    """The corpus, long enough for one sequence. Raises: DataError."""
+def load_data(config: Config) -> Loader:
+    """The rows to train on. Raises: DataError."""
     try:
-        corpus = config.data.load()
-        corpus.train_windows(config.batch.sequence_length)
-        return corpus
+        return configs.loader(config, config.data.load())
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def refuse_too_long(loader: Loader, samples: int) -> None:
+    """Raises: DataError if the sources of a blend have no more to give before the end of a run of so many samples."""
+    if (end := loader.blend.end) is not None and end < samples:
+        raise DataError(
+            f"every source of the blend has reached its max_epochs after {end:,} samples, and the run is {samples:,} "
+            "samples long; make it shorter, or raise a max_epochs of data.sources."
+        )
 
 
 def mesh_text(program: Program) -> str:
@@ -103,7 +110,7 @@ def mesh_text(program: Program) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
 
 
-def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, steps: int, verbose: bool) -> str:
+def banner(config: Config, program: Program, loader: Loader, workdir: Path, steps: int, verbose: bool) -> str:
     """What is about to run, in the words of the config."""
     device = program.mesh.devices.flat[0]
     dtype, why = program.compute.name, config.precision.resolve(device)[1]
@@ -111,7 +118,6 @@ def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, step
     parameters = sum(math.prod(w.shape) for w in flatten(program.model.ordered_weights).values())
     count = configs.microbatches(config, dict(program.mesh.shape))
     tokens = config.batch.global_size * config.batch.sequence_length
-    epochs = steps * config.batch.global_size / corpus.train_windows(config.batch.sequence_length)
     peak = peak_flops(device.device_kind, dtype)
     return "\n".join(
         [
@@ -123,14 +129,43 @@ def banner(config: Config, program: Program, corpus: Corpus, workdir: Path, step
             f"batch       {tokens:,} tokens: {config.batch.global_size} x {config.batch.sequence_length} "
             f"in {count} microbatch{'es' if count > 1 else ''}",
             *([f"pipeline    {_pipeline(program, count)}"] if program.stages > 1 else []),
-            f"data        {corpus.describe()}",
-            f"length      {steps:,} steps, {steps * tokens:,} tokens, {epochs:.2f} epochs",
+            f"data        {loader.corpus.describe()}",
+            *_rows(config),
+            *_length(config, loader, steps),
             f"run folder  {workdir} ({_saves(config)})",
             "MFU         "
             + (f"of {peak / 1e12:.0f} TFLOP/s" if peak else f"n/a: no peak is known for {device.device_kind}, {dtype}"),
             program.layout.show(weights, program.stored.itemsize, verbose),
         ]
     )
+
+
+def _rows(config: Config) -> list[str]:
+    """How rows are made; nothing, if as usual."""
+    parts = [config.objective, config.packing, config.curriculum]
+    usual = [type(config).__dataclass_fields__[name].default for name in ("objective", "packing", "curriculum")]
+    said = [
+        schema.show(part, 200).removesuffix("()") for part, default in zip(parts, usual, strict=True) if part != default
+    ]
+    return [f"rows        {', '.join(said)}"] if said else []
+
+
+def _length(config: Config, loader: Loader, steps: int) -> list[str]:
+    samples = steps * config.batch.global_size
+    tokens, dropped = samples * config.batch.sequence_length, 0
+    if config.length_warmup is not None:
+        tokens, dropped = config.length_warmup.tokens(steps, config.batch.global_size)
+    epochs = loader.epochs(samples)
+    text = f"length      {steps:,} steps, {tokens:,} tokens"
+    text += f" ({dropped:,} more dropped by length_warmup)" if dropped else ""
+    if len(epochs) == 1:
+        return [f"{text}, {next(iter(epochs.values())):.2f} epochs"]
+    counts = loader.blend.counts(samples)
+    shares = [
+        f"              {name}: {count:,} samples ({count / max(samples, 1):.2%}), {epochs[name]:.2f} epochs"
+        for name, count in zip(epochs, counts.tolist(), strict=True)
+    ]
+    return [text, *shares]
 
 
 def _pipeline(program: Program, microbatches: int) -> str:

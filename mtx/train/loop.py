@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from data import Corpus
+from data import Loader
 from mtx import config as configs
 from mtx import decode
 from mtx import metrics as reports
@@ -38,14 +39,14 @@ class Loop:
         self,
         config: Config,
         program: Program,
-        corpus: Corpus,
+        loader: Loader,
         store: Store,
         stopping: Stopping,
         console: Console,
         metrics: Metrics,
         start: saved.Start,
     ):
-        self.config, self.program, self.corpus, self.store = config, program, corpus, store
+        self.config, self.program, self.loader, self.store = config, program, loader, store
         self.stopping, self.console, self.metrics = stopping, console, metrics
         self.state, self.step, self.evaluated = start.state, start.step, start.evaluated
         self.saved = self.step
@@ -98,16 +99,26 @@ class Loop:
 
     def batch(self) -> Batch:
         """The next global batch, of which this process makes its own rows."""
-        first = self.samples
-        shape = (self.microbatches, self.config.batch.global_size // self.microbatches, self.time_T)
+        first, length = self.samples, self.row_tokens(self.step)
+        shape = (self.microbatches, self.config.batch.global_size // self.microbatches, length)
 
         def load(numbers: np.ndarray) -> dict[str, np.ndarray]:
             try:
-                return self.corpus.train(self.config.seed, first + numbers, self.time_T)
+                return {name: rows[:, :length] for name, rows in self.loader.train(first + numbers).items()}
             except ValueError as error:
                 raise DataError(str(error)) from error
 
         return self.program.place_rows(load, shape, self.program.batch_spec)
+
+    def row_tokens(self, step: int) -> int:
+        """Positions of the rows of the step after this one."""
+        return self.time_T if (warmup := self.config.length_warmup) is None else warmup.length(step)
+
+    def tokens(self, step: int, samples: int) -> int:
+        """Positions that were trained on, up to a step and its samples."""
+        if (warmup := self.config.length_warmup) is None:
+            return samples * self.time_T
+        return warmup.tokens(step, self.config.batch.global_size)[0]
 
     def arrived(self) -> None:
         """Report the step whose metrics are on their way, if there is one."""
@@ -115,8 +126,8 @@ class Loop:
             return
         (step, samples, on_device), self.arriving = self.arriving, None
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
-        tokens = samples * self.time_T
-        pace = self.clock.step(self.config.batch.global_size * self.time_T)
+        tokens = self.tokens(step, samples)
+        pace = self.clock.step(self.config.batch.global_size * self.row_tokens(step - 1))
         row = {"step": step, **values, "tokens": tokens, "samples": samples, **self.machine.rates(pace)}
         if (memory := reports.memory(self.program.mesh.local_devices)) is not None:
             row |= dict(zip(("memory_peak_bytes", "memory_limit_bytes"), memory, strict=True))
@@ -152,23 +163,18 @@ class Loop:
         config, steps = self.config, self.program.steps
         val_loss = None
         with self.clock.excluded(), jax.set_mesh(self.program.mesh):
-            if "validation" in self.corpus.splits:
+            if self.loader.held_out("validation"):
                 values = validate(
                     config,
                     self.program,
-                    self.corpus,
+                    self.loader,
                     self.eval_fn,
                     self.state.params,
                     between=self.obey_evaluating,
                 )
                 self.metrics.write(self.step, {"step": self.step, **values})
                 val_loss = values["val/loss"]
-                yardstick = self.corpus.gzip_bits_per_byte
-                self.console.say(
-                    f"step {self.step}/{steps}  val loss {values['val/loss']:.4f}  perplexity "
-                    f"{values['val/perplexity']:.2f}  bits per byte {values['val/bits_per_byte']:.4f}"
-                    + (f" (gzip -9: {yardstick:.4f})" if yardstick else "")
-                )
+                self.console.say(f"step {self.step}/{steps}  {_found(values, self.loader.corpus.gzip_bits_per_byte)}")
             if config.sample_tokens and config.model.causal:
                 self.sample()
             self.evaluated = True
@@ -190,7 +196,8 @@ class Loop:
 
     def sample(self) -> None:
         """Text of the model, for people: what goes wrong with it is said and costs nothing."""
-        prompt = self.corpus.encode("\n") or [self.corpus.tokenizer.end_of_document]
+        tokenizer = self.loader.corpus.tokenizer
+        prompt = tokenizer.encode("\n") or [tokenizer.end_of_document]
         try:
             (tokens,) = decode.generate(
                 self.program,
@@ -198,9 +205,9 @@ class Loop:
                 [prompt],
                 tokens=max(1, min(self.config.sample_tokens, self.time_T - len(prompt))),
                 seed=self.config.seed,
-                vocab_size=self.corpus.vocab_size,
+                vocab_size=tokenizer.vocab_size,
             )
-            text = self.corpus.decode(tokens)
+            text = tokenizer.decode(tokens)
         except Exception as error:
             log.warning("no sample: %s", " ".join(str(error).split())[:300])
             return
@@ -225,16 +232,17 @@ class Loop:
 
     def save(self, val_loss: float | None = None) -> None:
         with self.clock.excluded():
-            self.store.save(self.program.ordered(self.state), self.step, self.about(), val_loss)
+            beside = partial(self.loader.save, samples=self.samples) if self.loader.is_stream else None
+            self.store.save(self.program.ordered(self.state), self.step, self.about(), val_loss, beside)
         self.saved = self.step
 
     def about(self) -> Mapping[str, Any]:
         return saved.about(
             self.config,
             self.program,
-            self.corpus,
+            self.loader.corpus,
             samples=self.samples,
-            tokens=self.samples * self.time_T,
+            tokens=self.tokens(self.step, self.samples),
             evaluated=self.evaluated,
             best_val_loss=self.best_val_loss,
         )
@@ -247,6 +255,19 @@ class Loop:
             self.save()
         self.store.close()
         raise Stopped(f"{at}; step {self.saved} is saved, the same command goes on.")
+
+
+def _found(values: Mapping[str, float], yardstick: float | None) -> str:
+    """What an evaluation found, for people: all of it, then each source."""
+    text = f"val loss {values['val/loss']:.4f}  perplexity {values['val/perplexity']:.2f}"
+    if (bits := values.get("val/bits_per_byte")) is not None:
+        text += f"  bits per byte {bits:.4f}" + (f" (gzip -9: {yardstick:.4f})" if yardstick else "")
+    sources = [name.split("/")[1] for name in values if name.count("/") == 2 and name.endswith("/loss")]
+    for source in sources:
+        bits = values.get(f"val/{source}/bits_per_byte")
+        text += f"\n  {source}: val loss {values[f'val/{source}/loss']:.4f}"
+        text += f"  bits per byte {bits:.4f}" if bits is not None else ""
+    return text
 
 
 def _machine(config: Config, program: Program) -> Machine:

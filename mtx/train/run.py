@@ -22,7 +22,7 @@ from mtx.errors import ConfigError, NumericsError, Stopped, UserError
 from mtx.metrics import Console, Metrics
 from mtx.step import TrainState
 from mtx.train import saved
-from mtx.train.build import banner, build, load_data, prepare_data
+from mtx.train.build import banner, build, load_data, prepare_data, refuse_too_long
 from mtx.train.loop import Loop
 from mtx.train.stopping import SAVE, Stopping, each, leave
 
@@ -86,36 +86,38 @@ def _run(
         # What needs no device comes first: its mistakes cost nothing, and several processes end one by one.
         talk(first)
         prepare_data(loaded, children, alone=cluster is None)
-        corpus = load_data(config)
+        loader = load_data(config)
         connect(cluster)
         if cluster is not None:
             enter(stopping)
         enter(each(config.stop_after_minutes, lambda: stopping.ask("stop_after_minutes")))
         configs.check(config, jax.device_count())
-        windows = corpus.train_windows(config.batch.sequence_length)
-        program = build(config, jax.devices(), configs.total_steps(config, lambda: windows))
+        samples = sum(loader.epoch_samples.values())
+        program = build(config, jax.devices(), configs.total_steps(config, lambda: samples))
 
         mark = saved.this_process()
         enter(saved.claimed(workdir, first, mark))
         if cluster is not None:
-            alike(cluster, loaded, corpus.digest, workdir, mark)
+            alike(cluster, loaded, loader.corpus.digest, workdir, mark)
         store = enter(Store(workdir / saved.FOLDER, config.checkpoints))
         resumes = bool(store.steps()) and not fresh
         if not resumes:
             saved.set_aside(workdir, first)
         console = enter(Console(workdir / "log.txt", total_steps=program.steps, append=resumes, first=first))
-        begin = saved.start(loaded, program, corpus, store, accept_changes)
+        begin = saved.start(loaded, program, loader, store, accept_changes)
         # Another batch size than before needs another number of steps for the rest.
-        steps = configs.total_steps(config, lambda: windows, begin.step, int(begin.state.samples))
+        done = int(begin.state.samples)
+        steps = configs.total_steps(config, lambda: samples, begin.step, done)
+        refuse_too_long(loader, done + (steps - begin.step) * config.batch.global_size)
         program = dataclasses.replace(program, steps=steps)
         if first:
             configs.write_run_folder(loaded, workdir, argv)
-        console.say(banner(config, program, corpus, workdir, steps, verbose))
+        console.say(banner(config, program, loader, workdir, steps, verbose))
         metrics = enter(Metrics(workdir if first else None, begin.step, config.reporting, configs.dump(config)))
         rule = config.checkpoints
         enter(each(rule.every_minutes if rule and first else 0, lambda: stopping.ask(SAVE)))
         enter(jax.set_mesh(program.mesh))
-        state = Loop(config, program, corpus, store, stopping, console, metrics, begin).train()
+        state = Loop(config, program, loader, store, stopping, console, metrics, begin).train()
         store.close()
         console.say(f"run folder: {workdir}")
         return state

@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from data import Corpus
+from data import Loader, Text
 from mtx import config as configs
 from mtx.checkpoint import DigestError, Found, Store
 from mtx.config import Config, Loaded
@@ -31,7 +31,8 @@ FOLDER = "checkpoints"
 EARLIER = "earlier"
 FREE = ("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths")
 """Fields below `MEANING` that change how things are computed or where they lie, not what they are."""
-MEANING = ("model", "data", "batch.sequence_length", "seed", "precision.params")
+PHASES = "data.phases"
+MEANING = ("model", "data", "objective", "packing", "curriculum", "batch.sequence_length", "seed", "precision.params")
 """What a model and its data are. What they hold is compared by digests besides."""
 
 
@@ -77,13 +78,14 @@ def this_process() -> str:
     return f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
-def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept_changes: bool) -> Start:
+def start(loaded: Loaded, program: Program, loader: Loader, store: Store, accept_changes: bool) -> Start:
     """The newest checkpoint that verifies; a new state where there is none.
 
     Raises: CheckpointError if there are checkpoints and none can be used, or one does not fit the config;
-    ConfigError if the config now means another model or other data.
+    ConfigError if the config now means another model or other data, or a stream cannot go on.
     """
-    config = loaded.config
+    config, corpus = loaded.config, loader.corpus
+    loader.open(*program.share_of_rows())
     below, skipped = None, ()
     while (found := store.newest(below, skipped)) is not None:
         refuse_changes(found, config, corpus, accept_changes)
@@ -97,6 +99,10 @@ def start(loaded: Loaded, program: Program, corpus: Corpus, store: Store, accept
         if found.skipped and store.rule is not None:
             store.quarantine(found.skipped)
         about = found.manifest.about
+        try:
+            loader.restore(store.beside(found.step), about["samples"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         saved_on = about["mesh"] if about["mesh"] != mesh_text(program) else "the same mesh"
         log.info("resumed     step %d, %s tokens (saved on %s)", found.step, f"{about['tokens']:,}", saved_on)
         return Start(state, found.step, about["evaluated"], about["best_val_loss"])
@@ -125,7 +131,7 @@ def set_aside(workdir: Path, first: bool) -> None:
     log.info("an earlier run of this folder is now in %s", into)
 
 
-def refuse_changes(found: Found, config: Config, corpus: Corpus, accept_changes: bool) -> None:
+def refuse_changes(found: Found, config: Config, corpus: Text, accept_changes: bool) -> None:
     """Says what changed since the checkpoint. Raises: ConfigError if that changes the meaning of model or data."""
     about = found.manifest.about
     changed = configs.differences(about["config"], config)
@@ -137,7 +143,9 @@ def refuse_changes(found: Found, config: Config, corpus: Corpus, accept_changes:
                 f"the optimizer changed ({old} -> {new}), and the state of one means nothing to the other; start a new "
                 "run from the weights: init_from= this folder, and another workdir=."
             )
-    wrong = [f"{path}: {old} -> {new}" for path, old, new in changed if _means(path)]
+    later = _only_later_phases(about, config)
+    wrong = [f"{path}: {old} -> {new}" for path, old, new in changed if _means(path) and not (later and PHASES in path)]
+    weights = any(path.startswith("data.sources[") and path.endswith(".weight") for path, _, _ in changed)
     for name, now in (("data", corpus.digest), ("tokenizer", corpus.tokenizer.digest)):
         if about[name] != now:
             old_source = f" ({about['source']} -> {corpus.source})" if about["source"] != corpus.source else ""
@@ -149,17 +157,28 @@ def refuse_changes(found: Found, config: Config, corpus: Corpus, accept_changes:
             f"the run in this folder (step {found.step}) has another model or other data; {'; '.join(wrong)}. "
             "Undo the change, or set another workdir, or say --accept-changes to go on all the same, or --fresh to "
             "start anew (the old run moves to earlier/)."
+            + f" Other weights from here on are a phase: Phase(start_sample={about['samples']}, weights=(...))."
+            * weights
         )
 
 
+def _only_later_phases(about: Mapping[str, Any], config: Config) -> bool:
+    """Whether all phases of a blend that have begun are what they were."""
+    then, now = (dumped["data"].get("phases", []) for dumped in (about["config"], configs.dump(config)))
+    then, now = ([p for p in phases if p["start_sample"] < about["samples"]] for phases in (then, now))
+    return then == now
+
+
 def _means(path: str) -> bool:
+    path = re.sub(r"^data\.sources\[\d+\]\.data\.", "data.", path)
+
     def under(names: tuple[str, ...]) -> bool:
         return any(path == name or path.startswith(f"{name}.") for name in names)
 
     return under(MEANING) and not under(FREE)
 
 
-def warm_start(path: Path, program: Program, corpus: Corpus, accept_changes: bool) -> tuple[Any, Found]:
+def warm_start(path: Path, program: Program, corpus: Text, accept_changes: bool) -> tuple[Any, Found]:
     """Weights of the newest checkpoint of a run folder, or of one step's folder; nothing else of it."""
     found, params = weights(path, program)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest and not accept_changes:
@@ -190,7 +209,7 @@ def weights(path: Path, program: Program, step: int | None = None) -> tuple[Foun
 def about(
     config: Config,
     program: Program,
-    corpus: Corpus,
+    corpus: Text,
     *,
     samples: int,
     tokens: int,
@@ -219,7 +238,7 @@ class Opened:
 
     config: Config
     program: Program
-    corpus: Corpus
+    loader: Loader
     params: Any
     step: int
 
@@ -230,14 +249,15 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
     The mesh is the run's where it fits the devices, else one device; `words` override fields.
     Raises: ConfigError, DeviceError, DataError, CheckpointError.
     """
-    config = configs.override(read_config(folder), words)
+    config = configs.override(configs.read_config(folder), words)
     count = jax.device_count()
     named = any(word.lstrip("-").startswith("mesh") for word in words)
     if not named and not _fits(config, count):
         config = dataclasses.replace(config, mesh=MeshConfig())
         count = 1
     configs.check(config, count)
-    corpus = load_data(config)
+    loader = load_data(config)
+    corpus = loader.corpus
     program = build(config, jax.devices()[:count])
     found, params = weights(folder, program, step)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
@@ -247,7 +267,7 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
         )
     if found.manifest.about["data"] != corpus.digest:
         log.warning("the text is not what the run was trained on: now %s", corpus.source)
-    return Opened(config, program, corpus, params, found.step)
+    return Opened(config, program, loader, params, found.step)
 
 
 def _fits(config: Config, devices: int) -> bool:
@@ -256,14 +276,3 @@ def _fits(config: Config, devices: int) -> bool:
     except DeviceError:
         return False
     return True
-
-
-def read_config(folder: Path) -> Config:
-    """The config that a run folder was last started with. Raises: ConfigError."""
-    path = folder / "config.json"
-    try:
-        return configs.read_dump(json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise ConfigError(f"{folder} is no run folder: it has no config.json; such as runs/quickstart.") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is not of this version: {type(error).__name__}: {error}.") from error

@@ -1,0 +1,206 @@
+"""Batches: which row of which source a sample is, and what measures a source.
+
+Sample i is a function of (seed, data, objective, packing, sequence length, i): of nothing that was read before, and not
+of processes, devices or the size of batches. So all that a run has to keep is how many samples it has consumed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from data.blend import Order
+from data.corpus import Corpus, Split
+from data.objectives import AnyObjective, CausalLm, Curriculum, Frame, MetricFile, easiest_first
+from data.order import Shuffled, shuffled
+from data.packing import Batch, BestFit, Concatenate
+from data.rows import Pick, Rows, Span, rows_of
+from data.specials import frame_of
+from data.tokenizer import Tokenizer
+
+CHUNK = 1 << 22
+"""Tokens counted at once."""
+MEASURED = 256
+"""Rows measured at once."""
+
+
+class Text(Protocol):
+    """What is loaded: a `Corpus`, or several of them blended."""
+
+    @property
+    def parts(self) -> Mapping[str, Corpus]: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def gzip_bits_per_byte(self) -> float | None: ...
+    def order(self, rows: Mapping[str, int]) -> Order: ...
+    def describe(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+class Origin(NamedTuple):
+    """Where a sample comes from."""
+
+    source: str
+    """Its name; nothing where there is one."""
+    epoch: int
+    """How often the source was gone through before."""
+    row: int
+    """Which of the source's rows it is."""
+    spans: list[Span]
+    """The tokens of the source's training split that are in it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loader:
+    """Rows of a corpus, to train on and to measure with."""
+
+    corpus: Text
+    sequence_length: int
+    """Positions of a row, T."""
+    objective: AnyObjective = CausalLm()
+    packing: Concatenate | BestFit = Concatenate()
+    curriculum: Curriculum | None = None
+    global_size: int = 1
+    """Samples of a step, by which a curriculum goes."""
+    seed: int = 0
+    _held_out: dict[str, Mapping[str, tuple[Rows, Split]]] = field(default_factory=dict, init=False, repr=False)
+
+    def check(self) -> "Loader":
+        """Itself. Raises: ValueError if the training text does not fill a row, or the seed is wrong."""
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be an integer >= 0; try seed=0.")
+        if self.sequence_length < 1:
+            raise ValueError(
+                f"batch.sequence_length={self.sequence_length} must be >= 1; try batch.sequence_length=256."
+            )
+        for name, part in self.corpus.parts.items():
+            longest = len(part.splits["train"].tokens_N) - 1
+            if self.sequence_length > longest:
+                whose = f" of source {name}" if name else ""
+                raise ValueError(
+                    f"batch.sequence_length={self.sequence_length} is longer than the whole training text{whose}; "
+                    f"try batch.sequence_length={longest} or less."
+                )
+            if not len(self._training[name]):
+                raise ValueError(f"no row can be made of {part.source}: its documents are too short or too long.")
+        return self
+
+    @cached_property
+    def frame(self) -> Frame:
+        """What all rows have in common."""
+        return frame_of(self.corpus.tokenizer, self.objective, self.packing, self.sequence_length)
+
+    @cached_property
+    def _training(self) -> Mapping[str, Rows]:
+        return {name: self._rows(part.splits["train"], name) for name, part in self.corpus.parts.items()}
+
+    def _rows(self, split: Split, source: str) -> Rows:
+        return rows_of(split, self.objective, self.packing, self.frame, seed=self.seed, source=source)
+
+    @cached_property
+    def _orders(self) -> Sequence[tuple[str, Shuffled, int]]:
+        return [(name, shuffled(len(rows), self.seed, name), len(rows)) for name, rows in self._training.items()]
+
+    @cached_property
+    def blend(self) -> Order:
+        """Which source each sample of training comes from."""
+        return self.corpus.order(self.epoch_samples)
+
+    def epochs(self, samples: int) -> Mapping[str, float]:
+        """How often each source is gone through in so many samples."""
+        counts = self.blend.counts(samples)
+        return {name: int(n) / rows for n, (name, rows) in zip(counts, self.epoch_samples.items(), strict=True)}
+
+    @property
+    def epoch_samples(self) -> Mapping[str, int]:
+        """Samples in one epoch of each source."""
+        return {name: len(rows) for name, rows in self._training.items()}
+
+    def train(self, samples_B: np.ndarray | Sequence[int]) -> Batch:
+        """The samples of these numbers (int64 [B], in any order) of the endless order of training.
+
+        Raises: ValueError for no sample, or one below 0.
+        """
+        samples = [int(sample) for sample in samples_B]
+        if not samples or min(samples) < 0:
+            raise ValueError(f"samples_B={samples[:3]}... must hold at least one number, and none below 0.")
+        picked: dict[str, list[tuple[int, Pick]]] = {}
+        for place, sample in enumerate(samples):
+            source, pick = self._pick(sample)
+            picked.setdefault(source, []).append((place, pick))
+        parts = {source: self._training[source].batch([pick for _, pick in picks]) for source, picks in picked.items()}
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        places = np.argsort([place for picks in picked.values() for place, _ in picks])
+        first = next(iter(parts.values()))
+        return {name: np.concatenate([part[name] for part in parts.values()])[places] for name in first}
+
+    def origin(self, sample: int) -> Origin:
+        """Where a sample of training comes from."""
+        source, pick = self._pick(sample)
+        return Origin(source, pick.epoch, pick.row, self._training[source].spans(pick.row))
+
+    def _pick(self, sample: int) -> tuple[str, Pick]:
+        source, own = self.blend.locate(sample)
+        name, order, rows = self._orders[source]
+        if self.curriculum is None:
+            return name, Pick(own // rows, order[own])
+        metric_N, easiest_N = self._difficulties[name]
+        pool, since_step = self.curriculum.pool(sample // self.global_size, metric_N)
+        before = int(self.blend.counts(since_step * self.global_size)[source])
+        rank = self.curriculum.draw(self.seed, name, pool, own - before)
+        return name, Pick(own, int(easiest_N[rank]))  # an epoch of its own: small pools come back soon
+
+    @cached_property
+    def _difficulties(self) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+        """Of each source, how difficult its rows are, in ascending order, and which they are."""
+        found = {}
+        for name, rows in self._training.items():
+            metric_N = self._measured(rows, self.corpus.parts[name].splits["train"])
+            easiest_N = easiest_first(metric_N)
+            found[name] = metric_N[easiest_N], easiest_N
+        return found
+
+    def _measured(self, rows: Rows, split: Split) -> np.ndarray:
+        assert self.curriculum is not None
+        metric = self.curriculum.metric
+        if isinstance(metric, MetricFile):
+            return metric.read(len(rows))
+        chunks = range(0, len(split.tokens_N), CHUNK)
+        counts_V = np.zeros(self.frame.vocab_size, np.int64)
+        for i in chunks:
+            counts_V += np.bincount(split.tokens_N[i : i + CHUNK], minlength=len(counts_V))
+        picks = [Pick(0, row) for row in range(len(rows))]
+        return np.concatenate(
+            [metric.measure(rows.batch(picks[i : i + MEASURED]), counts_V) for i in range(0, len(rows), MEASURED)]
+        )
+
+    # What a reader of streams keeps; here a sample's number is all there is to know.
+
+    is_stream: ClassVar[bool] = False
+    """Whether samples come in order only, so that `open`, `save` and `restore` have something to do."""
+
+    def open(self, part: int, parts: int) -> None:
+        """Before the first sample: which part of every batch this process reads, of how many."""
+
+    def save(self, folder: Path, samples: int) -> None:
+        """Writes what it takes, besides the number, to go on behind the first `samples` samples of all processes."""
+
+    def restore(self, folder: Path, samples: int) -> None:
+        """Goes on where `save` was called. Raises: ValueError."""
+
+    def held_out(self, split: str) -> Mapping[str, tuple[Rows, Split]]:
+        """The rows of a split that is measured with, by source; sources without one are left out."""
+        if split not in self._held_out:
+            found = {name: part.splits[split] for name, part in self.corpus.parts.items() if split in part.splits}
+            self._held_out[split] = {
+                name: (self._rows(there, f"{name}/{split}"), there) for name, there in found.items()
+            }
+        return self._held_out[split]
