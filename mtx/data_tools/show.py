@@ -64,7 +64,7 @@ def _documents(config: Config, loader: Loader, origin: Origin) -> Iterator[str]:
 
 def text(loader: Loader, tokens_T: np.ndarray) -> str:
     """Tokens as text, special ones by their names."""
-    names = loader.frame.specials.names() | {loader.frame.end_of_document: "end"}
+    names = {loader.frame.end_of_document: "end"} | loader.frame.specials.names()
     parts: list[str] = []
     plain: list[int] = []
     for token in tokens_T.tolist():
