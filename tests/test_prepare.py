@@ -64,7 +64,7 @@ def progress(line):
 
 if {workers} > 1:
     prepare.UNIT_BYTES, prepare.ALONE_BYTES = {UNIT}, 0
-{config!r}.prepare(progress, workers={workers})
+{config!r}.prepare(progress, workers={workers or None})
 """
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
@@ -167,6 +167,38 @@ def test_a_worker_that_dies_is_named_and_what_is_finished_stays(small_units: Non
     config.prepare(lines.append, workers=2)
     assert any(line.startswith("reading  finds ") for line in lines)
     assert contents(Path("shards")) == contents(Path("whole"))
+
+
+def memory_of(number: int) -> int:
+    """Bytes of a process and those below it, what they share divided among them."""
+    try:
+        lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+        below = [path.read_text().split() for path in Path(f"/proc/{number}/task").glob("*/children")]
+    except OSError:  # it has ended
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    return own + sum(memory_of(int(one)) for some in below for one in some)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_memory_does_not_grow_with_the_text(name: str) -> None:
+    draw, peaks = random.Random(0), []
+    words = [f"{draw.choice('abcdefgh')}{i}" for i in range(5000)]
+    for megabytes in 50, 120:
+        with gzip.open(name, "wt", compresslevel=1) if name.endswith("gz") else open(name, "w") as file:
+            for _ in range(100 * megabytes):
+                file.write(json.dumps({"text": " ".join(draw.choices(words, k=1700))}) + "\n")
+        config = TextFiles(paths=name, tokenizer=Gpt2(), folder=f"shards{megabytes}")
+        process, peak = child(config, workers=0), 0
+        assert process.stdout is not None
+        while process.poll() is None:
+            peak = max(peak, memory_of(process.pid))
+            time.sleep(0.05)
+        process.stdout.close()
+        assert process.returncode == 0
+        peaks.append(peak)
+    assert peaks[0] < 500e6 and peaks[1] < 1.3 * peaks[0]
 
 
 # Killed
