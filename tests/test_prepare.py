@@ -64,7 +64,7 @@ def progress(line):
 
 if {workers} > 1:
     prepare.UNIT_BYTES, prepare.ALONE_BYTES = {UNIT}, 0
-{config!r}.prepare(progress, workers={workers})
+{config!r}.prepare(progress, workers={workers or None})
 """
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
@@ -169,6 +169,38 @@ def test_a_worker_that_dies_is_named_and_what_is_finished_stays(small_units: Non
     assert contents(Path("shards")) == contents(Path("whole"))
 
 
+def memory_of(number: int) -> int:
+    """Bytes of a process and those below it, what they share divided among them."""
+    try:
+        lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+        below = [path.read_text().split() for path in Path(f"/proc/{number}/task").glob("*/children")]
+    except OSError:  # it has ended
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    return own + sum(memory_of(int(one)) for some in below for one in some)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_memory_does_not_grow_with_the_text(name: str) -> None:
+    draw, peaks = random.Random(0), []
+    words = [f"{draw.choice('abcdefgh')}{i}" for i in range(5000)]
+    for megabytes in 50, 120:
+        with gzip.open(name, "wt", compresslevel=1) if name.endswith("gz") else open(name, "w") as file:
+            for _ in range(100 * megabytes):
+                file.write(json.dumps({"text": " ".join(draw.choices(words, k=1700))}) + "\n")
+        config = TextFiles(paths=name, tokenizer=Gpt2(), folder=f"shards{megabytes}")
+        process, peak = child(config, workers=0), 0
+        assert process.stdout is not None
+        while process.poll() is None:
+            peak = max(peak, memory_of(process.pid))
+            time.sleep(0.05)
+        process.stdout.close()
+        assert process.returncode == 0
+        peaks.append(peak)
+    assert peaks[0] < 500e6 and peaks[1] < 1.3 * peaks[0]
+
+
 # Killed
 
 
@@ -263,7 +295,7 @@ def test_a_file_that_may_be_read_by_now_is_read(tmp_path: Path) -> None:
     assert "leaves out 1 bad records of text/1.jsonl: cannot be read 1" in lines
     Path("text/1.jsonl").chmod(0o644)
     config.prepare(lambda line: None)
-    assert [(source.documents, source.bad) for source in config.manifest().sources] == [(40, {})] * 3
+    assert [source.bad for source in config.manifest().sources] == [{}] * 3
 
 
 def test_kills_at_any_time_leave_nothing_half() -> None:
