@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from data import BestFit, CausalLm, SentencePairs, WindowObjective, lacking
+from data import BestFit, CausalLm, FillInTheMiddle, MaskedLm, SentencePairs, WindowObjective, lacking
 from mtx import attention
 from mtx.config import schema
 from mtx.config.overrides import raise_all, sentence
@@ -286,7 +286,13 @@ def _rows(case: _Case) -> Iterator[str]:
             config.objective.window_length(length)
     except ValueError as error:
         yield str(error)
-    if (warmup := config.length_warmup) is not None and warmup.lengths[-1] != length:
+    warmup = config.length_warmup
+    if warmup is not None and not isinstance(config.objective, CausalLm | MaskedLm | FillInTheMiddle):
+        yield (
+            f"length_warmup cuts off the ends of rows, which is where the targets of objective={name} are; try "
+            "length_warmup=None."
+        )
+    if warmup is not None and warmup.lengths[-1] != length:
         yield (
             f"length_warmup.lengths ends at {warmup.lengths[-1]}, and batch.sequence_length={length}; the last must be "
             f"the whole row: try batch.sequence_length={warmup.lengths[-1]}."
