@@ -467,6 +467,18 @@ def test_text_that_changes_meanwhile_is_refused() -> None:
     assert not config.is_prepared()
 
 
+@pytest.mark.parametrize("change", [lambda: os.utime("text/2.jsonl"), lambda: Path("text/0.txt").write_text("new")])
+def test_text_that_changes_once_it_was_read_is_refused(change) -> None:
+    """Its shards would be out of date when they are first opened."""
+    write_text(Path("text"))
+    config = TextFiles(paths="text")
+    with pytest.raises(ValueError, match=r"text/(2\.jsonl|0\.txt) changed while it was read; prepare it when"):
+        config.prepare(lambda line: change() if line.startswith("writing") else None)
+    assert not config.is_prepared()
+    config.prepare(lambda line: None)
+    config.load()
+
+
 def test_the_yardstick_is_gzip_of_the_validation_text() -> None:
     write_text(Path("text"))
     config = TextFiles(paths="text", split="1,1")
