@@ -7,7 +7,8 @@ of processes, devices or the size of batches. So all that a run has to keep is h
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -180,6 +181,20 @@ class Loader:
         return np.concatenate(
             [metric.measure(rows.batch(picks[i : i + MEASURED]), counts_V) for i in range(0, len(rows), MEASURED)]
         )
+
+    # What a reader of streams keeps; here a sample's number is all there is to know.
+
+    is_stream: ClassVar[bool] = False
+    """Whether samples come in order only, so that `open`, `save` and `restore` have something to do."""
+
+    def open(self, part: int, parts: int) -> None:
+        """Before the first sample: which part of every batch this process reads, of how many."""
+
+    def save(self, folder: Path, samples: int) -> None:
+        """Writes what it takes, besides the number, to go on behind the first `samples` samples of all processes."""
+
+    def restore(self, folder: Path, samples: int) -> None:
+        """Goes on where `save` was called. Raises: ValueError."""
 
     def held_out(self, split: str) -> Mapping[str, tuple[Rows, Split]]:
         """The rows of a split that is measured with, by source; sources without one are left out."""

@@ -24,8 +24,8 @@ class Source:
     bytes: int
     sha256: str | None
     """Of a file, or of the documents that were read. None: a bad file, of which nothing was used."""
-    documents: int
-    """Given to the splits."""
+    documents: dict[str, int]
+    """Given to each split."""
     empty: int
     """Documents without text, or without tokens, left out."""
     bad: dict[str, int]
@@ -83,9 +83,14 @@ class Manifest:
 
 def plain(config: Any) -> dict[str, Any]:
     """A config dataclass as JSON data, with its class's name."""
-    values = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
-    inner = {name: plain(v) if hasattr(v, "__dataclass_fields__") else v for name, v in values.items()}
+    inner = {name: _plain(getattr(config, name)) for name in type(config).__dataclass_fields__}
     return {"class": type(config).__name__, **inner}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return plain(value) if hasattr(value, "__dataclass_fields__") else value
 
 
 def sync(folder: Path) -> None:

@@ -46,6 +46,8 @@ class Found:
     """What reading a slice gave."""
 
     documents: int = 0
+    splits: dict[str, int] = field(default_factory=dict)
+    """Of these, in the second pass, those of each split."""
     empty: int = 0
     bytes: int = 0
     """Of text."""
@@ -230,6 +232,7 @@ def write(
                         continue
                     split = unit[at].part.split or split_of(_content(document), plan.ends)
                     writers[split].add(sequences, _text_bytes(document))
+                    found[at].splits[split] = found[at].splits.get(split, 0) + 1
                     teller.count(tokens=sum(map(len, sequences)) + 1)
                     if split == "validation" and not isinstance(document, Tokenized) and text.tell() <= GZIP_BYTES:
                         text.write(b"".join(document))

@@ -105,7 +105,7 @@ class Writer:
 
     def __init__(self, folder: Path, name: str, dtype: str, end_of_document: int) -> None:
         self._folder, self._name, self._dtype = folder, name, np.dtype(dtype).newbyteorder("<")
-        self._end = np.array([end_of_document], self._dtype)
+        self._end = np.array([end_of_document], self._dtype).tobytes()
         self._bin = _Hashed(self._temporary(".bin"))
         self._lengths = open(self._temporary(".lengths"), "w+b", buffering=CHUNK)  # noqa: SIM115
         self._counts = open(self._temporary(".counts"), "w+b", buffering=CHUNK)  # noqa: SIM115
@@ -113,14 +113,12 @@ class Writer:
 
     def add(self, sequences: Sequence[np.ndarray], text_bytes: int) -> None:
         """A document: the tokens of its sequences without the end, and how many bytes of text they are."""
-        for tokens in sequences:
-            self._bin.write(tokens.astype(self._dtype))
-        self._bin.write(self._end)
-        lengths = np.array([len(tokens) for tokens in sequences], "<i4")
+        lengths = [len(tokens) for tokens in sequences]
         lengths[-1] += 1
-        self._lengths.write(lengths)
+        self._bin.write(b"".join([*(tokens.astype(self._dtype).tobytes() for tokens in sequences), self._end]))
+        self._lengths.write(b"".join(length.to_bytes(4, "little") for length in lengths))
         self._counts.write(len(sequences).to_bytes(4, "little"))
-        self._count(1, len(sequences), int(lengths.sum()), text_bytes)
+        self._count(1, len(sequences), sum(lengths), text_bytes)
 
     def append(self, piece: Piece, folder: Path) -> None:
         """All documents of a piece that was kept under this name."""

@@ -46,8 +46,8 @@ NO_FILE_SYSTEM = "is not on a file system: a checkpoint is sealed by a rename th
 FOLDER = "such as python main.py"
 TRAINED, A_KIND = "error: --train-tokenizer ", "a kind and a number of tokens"
 KINDS = "Kinds: bpe, wordpiece, unigram."
-SUBCOMMANDS = ", ".join(f"python main.py data {words}" for words in ("get debian|austen --out DIR", "stats --config"))
-SUBCOMMANDS += " FILE [--html FILE]"
+DATA = ("get debian|austen --out DIR", "show RUN --sample N", "stats --config FILE [--html FILE]")
+SUBCOMMANDS = ", ".join(f"python main.py data {words}" for words in DATA)
 REFUSED = [
     ("C steps=0", ["error: steps=0 must be positive."]),
     (
@@ -160,6 +160,14 @@ REFUSED = [
     ("data", [f"error: data needs a subcommand: {SUBCOMMANDS}."]),
     ("data stast C", [f"error: there is no data stast; did you mean data stats? Type: {SUBCOMMANDS}."]),
     ("data xyz C", [f"error: there is no data xyz. Type: {SUBCOMMANDS}."]),
+    (
+        "data show runs/x",
+        ["error: data show needs --sample N, the number of a sample, from 0; such as --sample 123456."],
+    ),
+    (
+        "data show --sample 4",
+        ["error: data show takes one run folder (none is given); such as python main.py data show "],
+    ),
     ("data stats", ["error: --config FILE is missing; such as --config configs/quickstart.py."]),
     ("data stats C --out x", ["error: --out is for data get; leave it out of data stats."]),
     ("data stats C --fresh", ["error: --fresh is for train alone; leave it out of data."]),
@@ -282,7 +290,7 @@ EVERY = {f"--{flag}" for flag in FLAGS}
 OWN = {
     "train": set(),
     "doctor": {"--folder", "--need-gb", "--dev"},
-    "data": {"--out", "--html"},
+    "data": {"--out", "--sample", "--html"},
     "prepare": {"--train-tokenizer", "--workers"},
     "eval": {"--split", "--step"},
     "generate": {

@@ -81,6 +81,7 @@ def load(tmp_path):
 # What a user gets wrong. (words, hint), on 8 devices; the hint is all that follows but for lists of fields.
 
 TEXT = "data=TextFiles data.paths=texts "
+SHARDS = "data=MegatronShards data.train=a data.tokenizer=Bytes "
 TOKENIZERS = "one of Bytes, Bpe, WordPiece, SentencePiece, Gpt2, TokenizerFile, WordPieceFile, SentencePieceFile"
 NOT_A_FILE_SYSTEM = (
     " is not on a file system: a checkpoint is sealed by a rename that object stores do not have. "
@@ -374,12 +375,31 @@ MISTAKES = {
         ("precision.compute=fp16", "precision.compute=fp16 must be one of auto, float32, bfloat16."),
     ],
     "PythonDocs": [
-        ("data=Wikipedia", "data=Wikipedia must be one of PythonDocs, TextFiles, Blend."),
+        ("data=Wikipedia", "data=Wikipedia must be one of PythonDocs, TextFiles, MegatronShards, Blend."),
         ("data.validation_fraction=2", "data.validation_fraction=2.0 must lie strictly between 0 and 1; try 0.05."),
+    ],
+    "MegatronShards": [
+        ("data=MegatronShards", "data=MegatronShards needs data.train=... data.tokenizer=... too"),
+        (
+            "data=MegatronShards data.tokenizer=Bytes data.train=,",
+            "data.train=, is empty; name a pair of files without .bin and .idx.",
+        ),
+        (f"{SHARDS}data.test=x", "data.test=x needs validation, for without it split gives both; name validation, or"),
+        (
+            f"{SHARDS}data.split=0,1",
+            "data.split=0,1 must be one to three numbers, the first above 0, none below; try 949",
+        ),
+        (
+            "data=MegatronShards data.train=a data.tokenizer=Bpe",
+            "data.tokenizer=Bpe must be one of Bytes, Gpt2, TokenizerFile, WordPieceFile, Sent",
+        ),
     ],
     "TextFiles": [
         ("data=TextFiles", "data=TextFiles needs data.paths=... too."),
-        ("data=textfiles", "data=textfiles must be one of PythonDocs, TextFiles, Blend; did you mean TextFiles?"),
+        (
+            "data=textfiles",
+            "data=textfiles must be one of PythonDocs, TextFiles, MegatronShards, Blend; did you mean TextFiles?",
+        ),
         ("data.paths=texts", "data.paths: PythonDocs has no field 'paths'; TextFiles has it: add data=TextFiles."),
         (
             f"{TEXT}data.validation_fraction=0.1",
@@ -604,7 +624,7 @@ FILE_MISTAKES = [
     ),
     (
         ("steps=3", "steps=3, layout=Layout(rows=(Row(dimension='haeds'),))"),
-        "names no dimension 'haeds'; legal: batch, ",
+        "names no dimension 'haeds'; legal: answer, batch, ",
     ),
     (
         ("steps=3", "steps=3, layout=Layout(zero=2, rows=(Row(dimension='heads'), Row(dimension='heads')))"),
@@ -1120,7 +1140,7 @@ def test_help_lists_every_field_with_type_value_origin_and_help(load):
     assert re.search(r"^tokens: int \| None = None +default\n    Tokens to train on, ", text, re.MULTILINE)
     assert re.search(r"^checkpoints: Checkpoints \| None = Checkpoints +default$", text, re.MULTILINE)
     assert "TextFiles: Your own text: " in text
-    assert "Fields: paths, text_key=text, tokenizer=Bytes()," in text
+    assert "Fields: paths, text_key=text, prompt_key=None," in text
     assert re.search(r"^seed: int = 3 +command line\n    Of initial weights, ", text, re.MULTILINE)
     assert re.search(
         rf"^optimizer: AdamW \| Lion \| Sgd = AdamW\s+\S*small.py:{line_of('optimizer=')}$", text, re.MULTILINE
@@ -1163,7 +1183,10 @@ def test_types_that_a_file_can_get_wrong():
     assert not schema.fits(True, schema.fields(Layout)["zero"].annotation)
     assert schema.type_name(schema.fields(AttentionConfig)["kv_heads"].annotation) == "int | None"
     assert schema.expected(schema.fields(Config)["model"].annotation) == f"a {Transformer.__name__}"
-    assert schema.expected(schema.fields(Config)["data"].annotation) == "one of PythonDocs, TextFiles, Blend"
+    assert (
+        schema.expected(schema.fields(Config)["data"].annotation)
+        == "one of PythonDocs, TextFiles, MegatronShards, Blend"
+    )
     assert schema.expected(schema.fields(Config)["checkpoints"].annotation) == "a Checkpoints or None"
     assert schema.show(AdamW(b1=0.5)) == "AdamW(b1=0.5)"
     assert schema.show(Gelu(width=3)) == "Gelu(width=3)"

@@ -123,6 +123,9 @@ def test_stats_of_prepared_text(
     assert any(line.split()[:4] == ["32", "to", "63", "5"] for line in out)
     path = Path(out[-1].removeprefix("plots: "))
     assert path.parent.parent == Path("prepared") and Page(path.read_text()).said[0][1].endswith("data=TextFiles")
+    shards = f"data=MegatronShards data.train={path.parent}/train data.tokenizer=Bytes".split()
+    assert main.main(["main.py", "data", "stats", "--config", str(ROOT / "configs" / "quickstart.py"), *shards]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "plots: prepared/quickstart.html"
     assert main.main([*words, "--html", "deep/er/x.html"]) == 0
     assert Path("deep/er/x.html").read_text() == path.read_text()
     assert main.main([*words, "--html", "notes"]) == 65

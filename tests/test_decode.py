@@ -54,7 +54,7 @@ def on_one_device(model: str, sampling: Sampling) -> list[list[int]]:
 def rows_of(tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
     positions = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
     ones = np.ones(tokens_BT.shape, np.float32)
-    arrays = dict(zip(Batch._fields, (tokens_BT, tokens_BT, ones, ones, positions), strict=True))
+    arrays = dict(zip(Batch._fields[:5], (tokens_BT, tokens_BT, ones, ones, positions), strict=True))
     return {name: x.astype(np.float32 if name == "weights" else np.int32) for name, x in arrays.items()}
 
 

@@ -61,7 +61,7 @@ def test_any_documents_in_any_chunks(tmp_path_factory, documents: list[list[list
 def test_it_reads_what_prepare_writes(tmp_path: Path) -> None:
     writer = Writer(tmp_path, "train", "uint16", 7)
     for document in ([1, 2, 3], [4], [65499] * 5):
-        writer.add(np.array(document), text_bytes=10)
+        writer.add([np.array(document)], text_bytes=10)
     writer.finish()
     writer.publish()
     index = open_index(tmp_path / "train.idx")

@@ -20,7 +20,7 @@ def logits(p, arrays) -> np.ndarray:
 def row(tokens: np.ndarray, segments: np.ndarray) -> dict[str, np.ndarray]:
     positions = np.arange(len(tokens)) - np.searchsorted(segments, segments)
     ones = np.ones(len(tokens), np.float32)
-    arrays = dict(zip(Batch._fields, (tokens, tokens, ones, segments, positions), strict=True))
+    arrays = dict(zip(Batch._fields[:5], (tokens, tokens, ones, segments, positions), strict=True))
     return {name: x[None].astype(x.dtype if x.dtype == np.float32 else np.int32) for name, x in arrays.items()}
 
 

@@ -1,5 +1,6 @@
 """Bad input: each kind is named by file and place, or left out and counted, and never changes what is around it."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -230,15 +231,50 @@ def test_skip_counts_and_keeps_the_rest(name: str, tmp_path: Path) -> None:
     assert bad.bad.keys() == {case.reason} and good.bad == {}
     assert any(f"{case.name}: {case.reason} " in line for line in lines)
     corpus = config.load()
-    whole = corpus.decode(corpus.splits["train"].tokens_N)
+    whole = corpus.tokenizer.decode(corpus.splits["train"].tokens_N)
     kept = case.kept if name in ROWS else 0
-    assert (bad.documents, good.documents) == (kept, 4)
+    assert (bad.documents, good.documents) == ({"train": kept} if kept else {}, {"train": 4})
     assert whole == "".join(f"{text}\n" for text in [*GOOD[:kept], *GOOD])
     assert (bad.sha256 is None) == (name in FILES)
 
 
 def test_the_table_is_as_long_as_was_asked() -> None:
     assert len(ROWS) + len(FILES) >= 30 and len(ROWS) >= 20
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("record", "says", "reason"),
+    [
+        ({"text": "a"}, "has no key 'question', only 'text'", "missing key"),
+        ({"text": "a", "Question": "b"}, r"did you mean data\.prompt_key=Question\?", "missing key"),
+        ({"question": "a", "txt": "b"}, r"has no key 'text'; did you mean data\.text_key=txt\?", "missing key"),
+        ({"text": "a", "question": None}, "its 'question' is null, not a string", "null"),
+        ({"text": "a", "question": "b\0"}, "its 'question' holds a NUL at character 1", "NUL"),
+        ({"text": "a", "question": "b" * (MOST + 1)}, "bytes long, more than", "too long"),
+    ],
+)
+def test_a_bad_prompt_is_named(record: dict, says: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        json.dumps({"text": "t", "question": "q"}).encode() + b"\n" + json.dumps(record).encode()
+    )
+    config = TextFiles(
+        paths=str(tmp_path), prompt_key="question", split="1,0", max_record_bytes=MOST, folder=str(tmp_path / "s")
+    )
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2 .*{says}.*data\.bad_records=Skip"):
+        config.prepare(lambda line: None)
+    skips = dataclasses.replace(config, bad_records=Skip())
+    skips.prepare(lambda line: None)
+    assert skips.manifest().sources[0].bad == {reason: 1}
+
+
+def test_a_missing_prompt_column_is_named(tmp_path: Path) -> None:
+    table(tmp_path / "a.parquet", GOOD)
+    config = TextFiles(paths=str(tmp_path), prompt_key="ids", split="1,0", folder=str(tmp_path / "s"))
+    with pytest.raises(ValueError, match=r"a\.parquet: has no column 'ids'; did you mean data\.prompt_key=id\?"):
+        config.prepare(lambda line: None)
 
 
 # The budget

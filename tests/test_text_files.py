@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from test_shards import megatron
 from test_tokenizer import LEARNED, unigram
 
 from data import (
@@ -196,6 +199,8 @@ def test_ignored_files_do_not_matter_but_are_listed(config: TextFiles, capsys: p
         {"split": "7,2,1"},
         {"tokenizer": Bpe(vocab_size=300)},
         {"text_key": "body"},
+        {"prompt_key": "title"},
+        {"sentences": True},
         {"bad_records": Skip()},
         {"cut_text_bytes": 5},
         {"max_record_bytes": 5000},
@@ -350,7 +355,7 @@ def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
     for source in manifest.sources:
         raw = Path(source.name).read_bytes()
         assert source.sha256 == hashlib.sha256(raw).hexdigest()
-        assert (source.bytes, source.documents, source.empty, source.bad) == (len(raw), 40, 0, {})
+        assert (source.bytes, sum(source.documents.values()), source.empty, source.bad) == (len(raw), 40, 0, {})
     assert list(manifest.splits) == ["train", "validation", "test"]
     for name, shard in manifest.splits.items():
         for suffix, size, sha256 in (
@@ -364,6 +369,84 @@ def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
     assert {path.name for path in folder.iterdir()} == names
 
 
+# Documents of several sequences
+
+
+def sequences(config: TextFiles, split: str) -> list[list[str]]:
+    """The text of each sequence of a split, by document, read with nothing of ours but the tokenizer."""
+    corpus = config.load()
+    return [
+        [corpus.tokenizer.decode(tokens) for tokens in document]
+        for document in megatron(config.prepared_folder(), split)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_prompt_and_text_are_two_sequences(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"answer {i}", "q": f"question {i}? \u00e9" if i % 3 else ""} for i in range(60)]
+    rows += [{"text": "", "q": "no answer"}, {"text": " \n", "q": "none"}]
+    if kind == "jsonl":
+        Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), "a.parquet", row_group_size=7)
+    config = TextFiles(paths=f"a.{kind}", prompt_key="q", split="1,0")
+    config.prepare(lambda line: None)
+    assert sequences(config, "train") == [[row["q"], row["text"] + "\n"] for row in rows[:60]]
+    shard = config.manifest().splits["train"]
+    assert (shard.documents, shard.sequences) == (60, 120)
+    assert shard.bytes == sum(len((row["q"] + row["text"]).encode()) for row in rows[:60])
+    assert shard.tokens == shard.bytes + 60
+    assert config.manifest().sources[0].empty == 2
+
+
+def test_a_copy_of_prompt_and_text_falls_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"text": f"{i % 40}", "q": "same"}) + "\n" for i in range(200)]
+    Path("a.jsonl").write_text("".join(rows))
+    config = TextFiles(paths="a.jsonl", prompt_key="q", split="1,1")
+    config.prepare(lambda line: None)
+    train, validation = ({text for _, text in sequences(config, split)} for split in ("train", "validation"))
+    assert len(train) == len(validation) == 20 and not train & validation
+
+
+def test_sentences_are_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "Mr. Smith went home.  He slept.\n\nThen? Nothing."
+    Path("a.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "One alone"}) + "\n")
+    config = TextFiles(paths="a.jsonl", sentences=True, split="1,0")
+    config.prepare(lambda line: None)
+    parts = ["Mr. Smith went home.  ", "He slept.\n\n", "Then? ", "Nothing.\n"]
+    assert sequences(config, "train") == [parts, ["One alone\n"]]
+    whole = dataclasses.replace(config, sentences=False)
+    whole.prepare(lambda line: None)
+    assert sequences(whole, "train") == [["".join(parts)], ["One alone\n"]]
+    shard, other = config.manifest().splits["train"], whole.manifest().splits["train"]
+    assert (shard.documents, shard.sequences, shard.bytes) == (2, 5, other.bytes)
+    assert config.load().splits["train"].tokens_N.tolist() == whole.load().splits["train"].tokens_N.tolist()
+
+
+def test_a_sentence_without_tokens_is_no_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To WordPiece control characters are nothing."""
+    monkeypatch.chdir(tmp_path)
+    write_files()
+    Path("a.jsonl").write_text(json.dumps({"text": "The dog sleeps. \x01\x02! The fox."}) + "\n")
+    tokenizer = WordPieceFile(path="vocab.txt", lowercase=True)
+    config = TextFiles(paths="a.jsonl", sentences=True, split="1,0", tokenizer=tokenizer)
+    config.prepare(lambda line: None)
+    assert all(len(part) for (document,) in [megatron(config.prepared_folder(), "train")] for part in document)
+
+
+def test_plain_text_has_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text")
+    Path("text/a.md").write_text("text")
+    with pytest.raises(
+        ValueError, match=r"data\.prompt_key=q: text/a\.md is plain text, which has no keys; name files"
+    ):
+        TextFiles(paths="text", prompt_key="q").prepare(lambda line: None)
+
+
 # The config
 
 
@@ -372,6 +455,9 @@ def test_the_manifest_says_where_all_comes_from(config: TextFiles) -> None:
     [
         ({"paths": " ,"}, "paths", "is empty"),
         ({"text_key": ""}, "text_key", "is empty"),
+        ({"prompt_key": ""}, "prompt_key", "another key than text_key"),
+        ({"prompt_key": "text"}, "prompt_key", "another key than text_key"),
+        ({"prompt_key": "q", "sentences": True}, "sentences", "cannot be true with a prompt_key"),
         ({"split": "1"}, "split", "two or three numbers"),
         ({"split": "1,1,1,1"}, "split", "two or three numbers"),
         ({"split": "0,1"}, "split", "the first above 0"),

@@ -266,13 +266,20 @@ def _attention(case: _Case) -> Iterator[str]:
         )
 
 
+def _pairs(case: _Case) -> Iterator[str]:
+    objective, pairs = case.config.objective, case.config.model.pairs
+    if isinstance(objective, SentencePairs) and not pairs:
+        yield "objective=SentencePairs needs a head for pairs, and model.pairs=false; try model.pairs=true."
+    if pairs and not isinstance(objective, SentencePairs):
+        name = type(objective).__name__
+        yield f"model.pairs=true reads pairs, and objective={name} makes none; try model.pairs=false."
+
+
 def _rows(case: _Case) -> Iterator[str]:
     config = case.config
     name, length = type(config.objective).__name__, config.batch.sequence_length
     if isinstance(config.packing, BestFit) and not isinstance(config.objective, CausalLm):
         yield f"packing=BestFit goes with objective=CausalLm, not {name}; try packing=Concatenate."
-    if isinstance(config.objective, SentencePairs):
-        yield "objective=SentencePairs makes pairs and labels, and no model here has a head for them; try MaskedLm."
     try:
         config.objective.sentinels(length)
         if isinstance(config.objective, WindowObjective):
@@ -357,6 +364,7 @@ _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...]
     (("batch", "model"), _positions),
     (("batch", "model"), _pattern),
     (("objective", "model"), _attention),
+    (("objective", "model"), _pairs),
     (("objective", "packing", "curriculum", "batch", "length_warmup"), _rows),
     (("data", "model", "objective", "batch"), _vocabulary),
     (("model", "mesh", "layout"), _tensor_parallel),

@@ -8,9 +8,10 @@ from mtx.errors import ConfigError
 
 SUBCOMMANDS = {  # how it is called, and what it does
     "get": ("data get debian|austen --out DIR", "a real corpus out of Debian packages, none of which is installed"),
+    "show": ("data show RUN --sample N", "where a sample of a run comes from, and its text"),
     "stats": ("data stats --config FILE [--html FILE]", "how much there is of what was prepared, and how long it is"),
 }
-FLAGS = {"out": "get", "html": "stats"}
+FLAGS = {"out": "get", "sample": "show", "html": "stats"}
 """Which subcommand has which flag."""
 
 
@@ -19,6 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     said = "".join(f"\n  {usage}\n      {what}" for usage, what in SUBCOMMANDS.values())
     add = parser.add_argument_group("data", f"subcommands:{said}").add_argument
     add("--out", metavar="DIR", help="get: the folder for the corpus")
+    add("--sample", metavar="N", type=int, help="show: the sample's number, from 0; samples count sequences, not steps")
     add("--html", metavar="FILE", help="stats: where the page with plots goes; else beside the shards")
 
 
@@ -32,6 +34,10 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
         from mtx.data_tools import get
 
         return get.main(flags, words)
+    if subcommand == "show":
+        from mtx.data_tools import show
+
+        return show.main(flags, words)
     from mtx.data_tools import stats
 
     return stats.main(flags, words)

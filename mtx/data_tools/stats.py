@@ -8,12 +8,13 @@ from typing import Any
 from data import Prepared, sources_of
 from data.blended import named
 from data.statistics import Statistics, of_split
-from mtx.config import Loaded, load, workdir
+from mtx.config import Loaded, load
 from mtx.data_tools.page import page
 from mtx.errors import DataError
 
 Table = Mapping[str, Mapping[str, Statistics]]
 """Source to split to numbers."""
+PREPARED = Path("prepared")
 BAR = 40
 """Characters of the longest bar."""
 
@@ -48,10 +49,11 @@ def measure(sources: Iterable[tuple[str, Any]]) -> Table:
 
 
 def default_page(loaded: Loaded) -> Path:
-    """Beside the shards; where there are none, or of several sources, in the run folder."""
+    """Beside the shards; where there are none of ours, or those of several sources, by the config file's name."""
     data = loaded.config.data
-    folder = data.prepared_folder() if isinstance(data, Prepared) else workdir(loaded)
-    return folder / "stats.html"
+    return (
+        data.prepared_folder() / "stats.html" if isinstance(data, Prepared) else PREPARED / f"{loaded.path.stem}.html"
+    )
 
 
 def table(measured: Table) -> Iterator[str]:

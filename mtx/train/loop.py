@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -231,7 +232,8 @@ class Loop:
 
     def save(self, val_loss: float | None = None) -> None:
         with self.clock.excluded():
-            self.store.save(self.program.ordered(self.state), self.step, self.about(), val_loss)
+            beside = partial(self.loader.save, samples=self.samples) if self.loader.is_stream else None
+            self.store.save(self.program.ordered(self.state), self.step, self.about(), val_loss, beside)
         self.saved = self.step
 
     def about(self) -> Mapping[str, Any]:

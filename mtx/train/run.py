@@ -104,7 +104,7 @@ def _run(
         if not resumes:
             saved.set_aside(workdir, first)
         console = enter(Console(workdir / "log.txt", total_steps=program.steps, append=resumes, first=first))
-        begin = saved.start(loaded, program, loader.corpus, store, accept_changes)
+        begin = saved.start(loaded, program, loader, store, accept_changes)
         # Another batch size than before needs another number of steps for the rest.
         done = int(begin.state.samples)
         steps = configs.total_steps(config, lambda: samples, begin.step, done)

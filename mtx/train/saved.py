@@ -78,13 +78,14 @@ def this_process() -> str:
     return f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
-def start(loaded: Loaded, program: Program, corpus: Text, store: Store, accept_changes: bool) -> Start:
+def start(loaded: Loaded, program: Program, loader: Loader, store: Store, accept_changes: bool) -> Start:
     """The newest checkpoint that verifies; a new state where there is none.
 
     Raises: CheckpointError if there are checkpoints and none can be used, or one does not fit the config;
-    ConfigError if the config now means another model or other data.
+    ConfigError if the config now means another model or other data, or a stream cannot go on.
     """
-    config = loaded.config
+    config, corpus = loaded.config, loader.corpus
+    loader.open(*program.share_of_rows())
     below, skipped = None, ()
     while (found := store.newest(below, skipped)) is not None:
         refuse_changes(found, config, corpus, accept_changes)
@@ -98,6 +99,10 @@ def start(loaded: Loaded, program: Program, corpus: Text, store: Store, accept_c
         if found.skipped and store.rule is not None:
             store.quarantine(found.skipped)
         about = found.manifest.about
+        try:
+            loader.restore(store.beside(found.step), about["samples"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         saved_on = about["mesh"] if about["mesh"] != mesh_text(program) else "the same mesh"
         log.info("resumed     step %d, %s tokens (saved on %s)", found.step, f"{about['tokens']:,}", saved_on)
         return Start(state, found.step, about["evaluated"], about["best_val_loss"])
