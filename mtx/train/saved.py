@@ -29,7 +29,10 @@ log = logging.getLogger("mtx")
 
 FOLDER = "checkpoints"
 EARLIER = "earlier"
-FREE = ("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths")
+FREE = (
+    *("model.remat", "model.unroll", "model.attention.backend"),
+    *("data.folder", "data.paths", "data.data_dir", "data.download", "data.silence_s"),
+)
 """Fields below `MEANING` that change how things are computed or where they lie, not what they are."""
 PHASES = "data.phases"
 MEANING = ("model", "data", "objective", "packing", "curriculum", "batch.sequence_length", "seed", "precision.params")
