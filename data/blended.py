@@ -11,11 +11,14 @@ from typing import Any
 from data.blend import LONGEST_PERIOD, Order, capped
 from data.corpus import Corpus
 from data.megatron_shards import MegatronShards
+from data.prepared import Prepared
 from data.python_docs import PythonDocs
+from data.seqio_task.config import SeqioTask
 from data.text_files import TextFiles
+from data.tfds_text import TfdsText
 from data.tokenizer import Tokenizer
 
-Source = PythonDocs | TextFiles | MegatronShards
+Source = PythonDocs | TextFiles | TfdsText | SeqioTask | MegatronShards
 """What a blend can be made of."""
 
 
@@ -106,13 +109,25 @@ class Blend:
         found: dict[str, Corpus] = {}
         for source in self.sources:
             with named(source.name):
-                found[source.name] = source.data.load()
+                corpus = source.data.load()
+                if not isinstance(corpus, Corpus):
+                    raise ValueError(f"{corpus.source} is no single text; a blend has its tasks, compiled, as sources.")
+                found[source.name] = corpus
         return Blended(self, found)
 
 
 def sources_of(config: Source | Blend) -> Mapping[str, Source]:
     """The sources of a config's data by name; one without a name where it is no blend."""
-    return {source.name: source.data for source in config.sources} if isinstance(config, Blend) else {"": config}
+    if isinstance(config, Blend):
+        return {source.name: source.data for source in config.sources}
+    return config.tasks() if isinstance(config, SeqioTask) and config.is_current() else {"": config}
+
+
+def shards_of(source: Prepared) -> list[Prepared]:
+    """What lies in one folder of shards each: of a seqio Mixture its tasks; nothing of what is read live."""
+    if not isinstance(source, SeqioTask):
+        return [source]
+    return list(source.tasks().values()) if source.reader is None else []
 
 
 class Blended:

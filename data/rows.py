@@ -19,7 +19,7 @@ from data.objectives import (
     pack_documents,
     stack,
 )
-from data.packing import Batch, BestFit, Concatenate, cut, pack, window_count
+from data.packing import Batch, BestFit, Concatenate, Window, cut, pack, window_count
 
 
 class Pick(NamedTuple):
@@ -86,21 +86,30 @@ class _Windows:
 
     def batch(self, picks: Sequence[Pick]) -> Batch:
         windows = [cut(self._stream_N, pick.row, self._length) for pick in picks]
-        frame, objective = self._frame, self._objective
-        if isinstance(objective, CausalLm):  # all at once
-            return pack(windows, end_of_document=frame.end_of_document, isolate_documents=frame.isolate_documents)
-        return stack(
-            [
-                objective.row(
-                    window, frame, generator(self._seed, objective.purpose, self._source, pick.epoch, pick.row)
-                )
-                for window, pick in zip(windows, picks, strict=True)
-            ]
-        )
+        return windows_batch(windows, picks, self._objective, self._frame, self._seed, self._source)
 
     def spans(self, row: int) -> list[Span]:
         start = row * self._length
         return [Span(start, min(start + self._length + 1, len(self._stream_N)))]
+
+
+def windows_batch(
+    windows: Sequence[Window],
+    picks: Sequence[Pick],
+    objective: WindowObjective,
+    frame: Frame,
+    seed: int,
+    source: str,
+) -> Batch:
+    """Windows of a stream as rows, each with the random numbers of its pick."""
+    if isinstance(objective, CausalLm):  # all at once
+        return pack(windows, end_of_document=frame.end_of_document, isolate_documents=frame.isolate_documents)
+    return stack(
+        [
+            objective.row(window, frame, generator(seed, objective.purpose, source, pick.epoch, pick.row))
+            for window, pick in zip(windows, picks, strict=True)
+        ]
+    )
 
 
 class _Packed:

@@ -16,11 +16,15 @@ from data import (
     Concatenate,
     Curriculum,
     LengthWarmup,
+    LiveLoader,
+    LiveText,
     Loader,
     MegatronShards,
     PythonDocs,
+    SeqioTask,
     Text,
     TextFiles,
+    TfdsText,
 )
 from mtx.checkpoint import Checkpoints
 from mtx.errors import Problem
@@ -61,7 +65,7 @@ class Config:
 
     model: Transformer
     """The network."""
-    data: PythonDocs | TextFiles | MegatronShards | Blend
+    data: PythonDocs | TextFiles | TfdsText | SeqioTask | MegatronShards | Blend
     """Where tokens come from."""
     batch: BatchConfig
     """How many tokens a step sees."""
@@ -157,7 +161,12 @@ LENGTHS = ("steps", "tokens", "epochs")
 
 def loader(config: Config, corpus: Text) -> Loader:
     """The rows that a config trains on. Raises: ValueError if the text has none."""
-    return Loader(
+    live = isinstance(corpus, LiveText)
+    if live and config.epochs is not None:
+        raise ValueError(
+            f"epochs={config.epochs}: nobody counted a live reader's epoch; say steps= or tokens= instead."
+        )
+    return (LiveLoader if live else Loader)(
         corpus=corpus,
         sequence_length=config.batch.sequence_length,
         objective=config.objective,

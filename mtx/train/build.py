@@ -164,7 +164,8 @@ def _length(config: Config, loader: Loader, steps: int, samples: int) -> list[st
     text = f"length      {steps:,} steps, {tokens:,} tokens"
     text += f" ({dropped:,} more dropped by length_warmup)" if dropped else ""
     if len(epochs) == 1:
-        return [f"{text}, {next(iter(epochs.values())):.2f} epochs"]
+        (epoch,) = epochs.values()
+        return [text if math.isnan(epoch) else f"{text}, {epoch:.2f} epochs"]
     counts = loader.blend.counts(samples)
     shares = [
         f"              {name}: {count:,} samples ({count / max(samples, 1):.2%}), {epochs[name]:.2f} epochs"

@@ -32,6 +32,7 @@ EARLIER = "earlier"
 FREE = (
     *("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths"),
     *("data.train", "data.validation", "data.test", "data.tokenizer.path", "data.tokenizer.folder"),
+    *("data.data_dir", "data.download", "data.silence_s"),
 )
 """Fields below `MEANING` that change how things are computed or where they lie, not what they are."""
 PHASES = "data.phases"
