@@ -5,9 +5,10 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from data.blend import Order, capped
+from data.blend import LONGEST_PERIOD, Order, capped
 from data.corpus import Corpus
 from data.megatron_shards import MegatronShards
 from data.prepared import Prepared
@@ -75,6 +76,11 @@ class Blend:
             yield "sources", f"has the name {twice[0]} twice; each needs its own"
         elif not any(source.weight > 0 for source in self.sources):
             yield "sources", "has no weight above 0"
+        elif least := [s for s in self.sources if 0 < s.weight * LONGEST_PERIOD < sum(s.weight for s in self.sources)]:
+            yield (
+                "sources",
+                f"gives {least[0].name} less than one sample in {LONGEST_PERIOD:,}, the finest share there is",
+            )
         if self.temperature is not None and self.temperature <= 0:
             yield "temperature", "must be positive; None takes the weights as they are"
         starts = [phase.start_sample for phase in self.phases]
@@ -158,19 +164,26 @@ class Blended:
 
     def order(self, rows: Mapping[str, int]) -> Order:
         """Which source each sample of training comes from, of sources with so many rows."""
+        starts, weights = zip(*self._phases(), strict=True)
+        limits = [
+            None if source.max_epochs is None else int(Fraction(str(source.max_epochs)) * rows[source.name])
+            for source in self._config.sources
+        ]
+        return capped(Order(starts, weights), limits)
+
+    def _phases(self) -> list[tuple[int, tuple[float, ...]]]:
+        """The first sample and the weights of each."""
         config = self._config
         sizes = [len(part.splits["train"].tokens_N) for part in self.parts.values()]
         factors = [1.0 if config.temperature is None else size ** (1 / config.temperature) for size in sizes]
         phases = [(0, tuple(source.weight for source in config.sources))]
         phases += [(phase.start_sample, phase.weights) for phase in config.phases]
-        weights = tuple(
-            tuple(weight * factor for weight, factor in zip(each, factors, strict=True)) for _, each in phases
-        )
-        limits = [
-            None if source.max_epochs is None else int(source.max_epochs * rows[source.name])
-            for source in config.sources
-        ]
-        return capped(Order(tuple(start for start, _ in phases), weights), limits)
+        return [(start, tuple(w * f for w, f in zip(each, factors, strict=True))) for start, each in phases]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources, in the last phase."""
+        return self._phases()[-1][1]
 
     def describe(self) -> str:
         """For the banner."""

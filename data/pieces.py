@@ -37,18 +37,18 @@ class Pieces:
         return self.folder / name
 
     def find(self, name: str) -> dict[str, Any] | None:
-        """What a finished piece says; None: it is not there. Removes one that is not as it was written."""
+        """What a finished piece says; None: it is not there, or not as it was written."""
         path = self.path(name)
-        if not path.is_dir():
-            return None
         try:
             said = json.loads((path / SAID).read_bytes())
-            if all(sha256_of(path / file) == sha256 for file, sha256 in said.pop(FILES).items()):
-                return said
+            whole = all(sha256_of(path / file) == sha256 for file, sha256 in said.pop(FILES).items())
         except (OSError, ValueError, KeyError):
-            pass
-        shutil.rmtree(path)
-        return None
+            return None
+        return said if whole else None
+
+    def remove(self, name: str) -> None:
+        """A piece, if it is there."""
+        shutil.rmtree(self.path(name), ignore_errors=True)
 
     def keep(self, kind: str, names: Collection[str]) -> int:
         """Removes the pieces of a kind that have other names; returns how many."""

@@ -29,7 +29,7 @@ from data.splitting import HASH, Borders, borders
 from data.stages import Policy, Progress, Said, Stages, place, size_of, units_of
 from data.streams import Bad
 from data.tokenizer import COPY_NAMES, AnyTokenizer, Bytes, ByteTokenizer, Defined, Given, Learned, Tokenizer, read_file
-from data.workers import Workers
+from data.workers import Workers, cores
 
 UNIT_BYTES = 32 << 20
 """About what a worker reads at once, and what is done again after a kill."""
@@ -54,7 +54,7 @@ def run(config: Prepared, progress: Progress, *, workers: int | None = None) -> 
                     progress(f"prepares {folder} again: {error}")
             _remove_temporaries(folder)
             try:
-                _prepare(config, folder, progress, workers or len(os.sched_getaffinity(0)))
+                _prepare(config, folder, progress, workers or cores())
             finally:
                 _remove_temporaries(folder)
     except OSError as error:
@@ -273,7 +273,7 @@ def _write(
     """The second pass: the pieces of the shards, in order."""
     plain = isinstance(stages.config.tokenizer, Bytes)
     path = None if plain else _definition(stages.config, stages.pieces.folder.parent)
-    threads = max(1, len(os.sched_getaffinity(0)) // min(workers, len(text.units) or 1)) if workers else None
+    threads = max(1, cores() // min(workers, len(text.units) or 1)) if workers else None
     plan = Plan(ends, path, tokenizer.digest, threads, None if text.found else policy.most_bad)
     jobs = []
     for unit in text.units:

@@ -20,10 +20,10 @@ A document is usually one sequence, a list of one text. Several (a prompt and wh
 of the shards, and the token that ends a document is put behind its last one by `prepare`, never by a source.
 
 Where these run: `slices` and `read` in worker processes or in the one of `prepare`; with `in_workers = True` never in
-the latter, nor does `parts` or `definition`, so that a source may import TensorFlow there (import it inside the
-functions). The config is pickled to get there. `load`, which training calls, imports nothing of it: it calls `parts`
-only if `is_here` says that there is something to compare with, so a source whose `parts` needs heavy packages
-returns False.
+the latter, nor do `parts`, `ignored` and `definition`, so that a source may import TensorFlow there (inside the
+functions: the module itself is imported everywhere). The config is pickled to get there. `load`, which training calls,
+imports nothing of it: it calls `parts` only if `is_here` says that there is something to compare with, so a source
+whose `parts` needs heavy packages returns False.
 
 A tokenizer is a config of data/tokenizer: the field `tokenizer`, or a property that makes a `Given` of its own, with
 `read`, `measure`, `original` and `copy_name`. Sources that bring tokens need one too: it has the vocabulary's size, its

@@ -263,8 +263,8 @@ def _parquet(piece: Slice, limits: Limits, reading: Reading) -> Iterator[list[by
     import pyarrow.parquet as pq
 
     path, row, sha256 = reading.name, 0, None
-    if whole := piece.stop is None:
-        with opened(path, reading.count) as raw:
+    if piece.stop is None:
+        with opened(path, lambda found: None) as raw:
             while raw.read(BLOCK_BYTES):
                 pass
             sha256 = raw.sha256.hexdigest()
@@ -284,8 +284,7 @@ def _parquet(piece: Slice, limits: Limits, reading: Reading) -> Iterator[list[by
                             yield [_parquet_text(value, key, limits) for value, key in pairs]
                         except _Wrong as wrong:
                             reading.report(Bad(path, f"row {row}", *wrong.args))
-                if not whole:
-                    reading.count(group_bytes(file.metadata, group))
+                reading.count(group_bytes(file.metadata, group))
     except (pa.ArrowException, OSError) as error:
         where = f"row {row}" if row else ""
         what = f"is no intact parquet file{' after this row' if row else ''}: {str(error).splitlines()[0]}"

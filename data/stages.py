@@ -11,7 +11,7 @@ from data import passes
 from data.passes import Count, Unit
 from data.pieces import Pieces, name_of
 from data.prepared import Prepared, Skip, Slice
-from data.streams import Bad
+from data.streams import UNREADABLE, Bad
 from data.workers import Call, Workers
 
 REPORT_S = 2.0
@@ -56,17 +56,27 @@ class Stages:
         """
         if removed := self.pieces.keep(kind, {job.name for job in jobs}):
             self.progress(f"removes {removed} pieces from {self.pieces.folder}: the text or the settings have changed")
-        there = {job.name: said for job in jobs if (said := self.pieces.find(job.name)) is not None}
+        found = {job.name: self.pieces.find(job.name) for job in jobs}
+        there = {name: said for name, said in found.items() if said is not None and not _is_out_of_date(said)}
         if there:
             self.progress(f"{verb}  finds {len(there)} of {len(jobs)} pieces in {self.pieces.folder}")
         done = sum((_count(job, there[job.name]) for job in jobs if job.name in there), Count())
         meter = Meter(self.progress, verb, sum(job.bytes for job in jobs), done)
         missing = [job.call for job in jobs if job.name not in there]
+        for job in jobs:
+            if job.name not in there:
+                self.pieces.remove(job.name)
         made = self.workers.each(missing, meter.tell, last=lambda said: said.get("stopped", False))
         for job in jobs:
             yield there[job.name] if job.name in there else next(made)
         if missing:
             meter.say(end=True)
+
+
+def _is_out_of_date(said: Said) -> bool:
+    """Whether a part could not be read: now it may be, and no fingerprint says so."""
+    slices = [one for one in said.get("slices", []) if isinstance(one, dict)]
+    return any(reason == UNREADABLE for one in slices for _, reason, _ in one["bad"])
 
 
 def place(piece: Slice) -> list[Any]:

@@ -20,6 +20,8 @@ ZST_STEP_BYTES = 256
 """Unpacked at once: at the most, of zeros, they become 8 MB."""
 ZST_WINDOW_BYTES = 2**31
 """The most that a file may ask for (zst --long=31); what it does not use costs no memory."""
+UNREADABLE = "cannot be read"
+"""A reason: see `Bad`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def opened(path: str, count: Callable[[int], None], start: int = 0, stop: int | 
             raise BadFile(Bad(path, "line 0", "empty file", "the file is empty."))
         raw = Raw(path, count, start, stop)
     except OSError as error:
-        raise BadFile(Bad(path, "", "cannot be read", f"cannot be read: {error.strerror}.")) from error
+        raise BadFile(Bad(path, "", UNREADABLE, f"cannot be read: {error.strerror}.")) from error
     with raw:
         yield raw
 
@@ -168,7 +170,7 @@ class Stream:
             raise BadFile(Bad(self.path, f"line {self.lines}", f"cut {self._packed}", what)) from error
         except (OSError, zlib.error) as error:
             damaged = self._packed and not getattr(error, "errno", None)
-            reason = f"damaged {self._packed}" if damaged else "cannot be read"
+            reason = f"damaged {self._packed}" if damaged else UNREADABLE
             what = f"{f'is no intact {self._packed} file' if damaged else 'cannot be read'} after this line: {error}."
             raise BadFile(Bad(self.path, f"line {self.lines}", reason, what)) from error
 

@@ -114,6 +114,11 @@ class Workers:
             raise ValueError(f"a worker process {how}{memory}.") from error
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def work(number: int) -> None:
     """The life of a worker: calls what comes through the pipe of this number until it is closed."""
     pipe = Connection(number)

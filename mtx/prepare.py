@@ -84,11 +84,14 @@ def run(loaded: Loaded, *, workers: int | None = None, **_: Any) -> None:
 def table(data: Prepared) -> str:
     """What the shards hold, one line a split."""
     manifest = data.manifest()
-    lines = [f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes of text':>18}{'bytes/token':>14}"]
+    several = any(shard.sequences != shard.documents for shard in manifest.splits.values())
+    head = f"{'split':<12}{'documents':>14}" + f"{'sequences':>14}" * several
+    lines = [f"{head}{'tokens':>18}{'bytes of text':>18}{'bytes/token':>14}"]
     for name, shard in manifest.splits.items():
         tokens = shard.tokens - shard.documents  # the ends of documents are no text
         ratio = shard.bytes / max(tokens, 1)
-        lines.append(f"{name:<12}{shard.documents:>14,}{shard.tokens:>18,}{shard.bytes:>18,}{ratio:>14.3f}")
+        start = f"{name:<12}{shard.documents:>14,}" + f"{shard.sequences:>14,}" * several
+        lines.append(f"{start}{shard.tokens:>18,}{shard.bytes:>18,}{ratio:>14.3f}")
     bad = sum(n for source in manifest.sources for n in source.bad.values())
     empty = sum(source.empty for source in manifest.sources)
     lines.append(f"left out: {bad:,} bad records, {empty:,} empty documents, {len(manifest.ignored):,} other files")

@@ -43,8 +43,9 @@ MISTAKES = {
     "SentencePairs": [
         (
             "objective=SentencePairs model.vocab_size=263 model.causal=false",
-            "objective=SentencePairs makes pairs and labels, and no model here has a head for them; try MaskedLm.",
+            "objective=SentencePairs needs a head for pairs, and model.pairs=false; try model.pairs=true.",
         ),
+        ("model.pairs=true", "model.pairs=true reads pairs, and objective=CausalLm makes none; try model.pairs=false."),
     ],
     "SpanCorruption": [
         (

@@ -624,7 +624,7 @@ FILE_MISTAKES = [
     ),
     (
         ("steps=3", "steps=3, layout=Layout(rows=(Row(dimension='haeds'),))"),
-        "names no dimension 'haeds'; legal: batch, ",
+        "names no dimension 'haeds'; legal: answer, batch, ",
     ),
     (
         ("steps=3", "steps=3, layout=Layout(zero=2, rows=(Row(dimension='heads'), Row(dimension='heads')))"),

@@ -64,7 +64,7 @@ def progress(line):
 
 if {workers} > 1:
     prepare.UNIT_BYTES, prepare.ALONE_BYTES = {UNIT}, 0
-{config!r}.prepare(progress, workers={workers})
+{config!r}.prepare(progress, workers={workers or None})
 """
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
@@ -106,7 +106,10 @@ def every_kind(folder: Path) -> None:
 # Several workers
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), Gpt2(), SentencePiece(vocab_size=310)], ids=lambda c: type(c).__name__)
+SLOWLY = [pytest.param(one, marks=pytest.mark.slow) for one in (Bytes(), SentencePiece(vocab_size=310))]
+
+
+@pytest.mark.parametrize("tokenizer", [Gpt2(), *SLOWLY], ids=lambda config: type(config).__name__)
 def test_the_number_of_workers_changes_nothing(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     every_kind(Path("text"))
     config = TextFiles(paths="text", tokenizer=tokenizer, split="8,1,1", cut_text_bytes=500, bad_records=Skip(budget=9))
@@ -166,6 +169,38 @@ def test_a_worker_that_dies_is_named_and_what_is_finished_stays(small_units: Non
     assert contents(Path("shards")) == contents(Path("whole"))
 
 
+def memory_of(number: int) -> int:
+    """Bytes of a process and those below it, what they share divided among them."""
+    try:
+        lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+        below = [path.read_text().split() for path in Path(f"/proc/{number}/task").glob("*/children")]
+    except OSError:  # it has ended
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    return own + sum(memory_of(int(one)) for some in below for one in some)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_memory_does_not_grow_with_the_text(name: str) -> None:
+    draw, peaks = random.Random(0), []
+    words = [f"{draw.choice('abcdefgh')}{i}" for i in range(5000)]
+    for megabytes in 50, 120:
+        with gzip.open(name, "wt", compresslevel=1) if name.endswith("gz") else open(name, "w") as file:
+            for _ in range(100 * megabytes):
+                file.write(json.dumps({"text": " ".join(draw.choices(words, k=1700))}) + "\n")
+        config = TextFiles(paths=name, tokenizer=Gpt2(), folder=f"shards{megabytes}")
+        process, peak = child(config, workers=0), 0
+        assert process.stdout is not None
+        while process.poll() is None:
+            peak = max(peak, memory_of(process.pid))
+            time.sleep(0.05)
+        process.stdout.close()
+        assert process.returncode == 0
+        peaks.append(peak)
+    assert peaks[0] < 500e6 and peaks[1] < 1.3 * peaks[0]
+
+
 # Killed
 
 
@@ -188,7 +223,9 @@ def test_a_killed_preparation_is_made_again_byte_for_byte(tokenizer, moment: str
     assert contents(Path("shards")) == contents(Path("whole"))
 
 
-@pytest.mark.parametrize("moment", ["cut", "survey", "tokenizer", "write"])
+@pytest.mark.parametrize(
+    "moment", ["survey", "write", *(pytest.param(one, marks=pytest.mark.slow) for one in ("cut", "tokenizer"))]
+)
 def test_pieces_that_were_finished_are_not_made_again(moment: str, small_units: None) -> None:
     every_kind(Path("text"))
     config = TextFiles(
@@ -233,12 +270,40 @@ def test_pieces_of_another_text_are_removed(small_units: None) -> None:
     assert lines[1] == "reading  finds 4 of 6 pieces in shards/pieces"
 
 
+def test_a_file_that_may_be_read_by_now_is_read(tmp_path: Path) -> None:
+    """Its rights are in no fingerprint."""
+    write_text(Path("text"))
+    Path("text/1.jsonl").chmod(0)
+    config = TextFiles(paths="text", bad_records=Skip(), folder="shards")
+    lines: list[str] = []
+
+    def stop(line: str) -> None:
+        lines.append(line)
+        if line.startswith("writing"):
+            raise KeyboardInterrupt
+
+    me = os.geteuid()
+    if me == 0:  # who may read all
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o777)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            config.prepare(stop)
+    finally:
+        os.seteuid(me)
+    assert "leaves out 1 bad records of text/1.jsonl: cannot be read 1" in lines
+    Path("text/1.jsonl").chmod(0o644)
+    config.prepare(lambda line: None)
+    assert [source.bad for source in config.manifest().sources] == [{}] * 3
+
+
 def test_kills_at_any_time_leave_nothing_half() -> None:
     """Old shards or none, then new ones: there is always a whole set or no manifest."""
     write_text(Path("text"), documents=3000)
     config = TextFiles(paths="text", split="8,1,1", folder="shards")
     draw = random.Random(0)
-    for i in range(6):
+    for i in range(4):
         process = child(config, workers=1 + i % 2)
         time.sleep(draw.uniform(0.2, 1.6))
         end(process)
@@ -402,6 +467,18 @@ def test_text_that_changes_meanwhile_is_refused() -> None:
     assert not config.is_prepared()
 
 
+@pytest.mark.parametrize("change", [lambda: os.utime("text/2.jsonl"), lambda: Path("text/0.txt").write_text("new")])
+def test_text_that_changes_once_it_was_read_is_refused(change) -> None:
+    """Its shards would be out of date when they are first opened."""
+    write_text(Path("text"))
+    config = TextFiles(paths="text")
+    with pytest.raises(ValueError, match=r"text/(2\.jsonl|0\.txt) changed while it was read; prepare it when"):
+        config.prepare(lambda line: change() if line.startswith("writing") else None)
+    assert not config.is_prepared()
+    config.prepare(lambda line: None)
+    config.load()
+
+
 def test_the_yardstick_is_gzip_of_the_validation_text() -> None:
     write_text(Path("text"))
     config = TextFiles(paths="text", split="1,1")
@@ -430,7 +507,7 @@ from data import prepare
 
 prepare.UNIT_BYTES, prepare.ALONE_BYTES = {unit}, 0
 os.mkdir("disk")
-if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", "disk"]).returncode:
+if subprocess.run(["mount", "-t", "tmpfs", "-o", "size={size}k", "tmpfs", "disk"]).returncode:
     sys.exit(77)
 config = {config!r}
 try:
@@ -439,6 +516,8 @@ except ValueError as error:
     print(error)
 kept = {{path.name: path.stat().st_ino for path in Path("disk/shards/pieces").iterdir()}}
 assert kept and not any(name.endswith(".tmp") for name in kept), kept
+assert not list(Path("disk/shards").glob("*.tmp"))
+print(sum(name.startswith("write") for name in kept))
 subprocess.run(["mount", "-o", "remount,size=10m", "disk"], check=True)
 seen = {{}}
 config.prepare(
@@ -450,22 +529,23 @@ subprocess.run(["cp", "-r", "disk/shards", "shards"], check=True)
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_says_what_to_do_and_the_same_command_goes_on(workers: int) -> None:
+@pytest.mark.parametrize(("size", "workers"), [(200, 2), (1600, 1)], ids=["writing", "joining"])
+def test_a_full_disk_says_what_to_do_and_the_same_command_goes_on(size: int, workers: int) -> None:
     every_kind(Path("text"))
     config = TextFiles(paths="text", bad_records=Skip(), cut_text_bytes=500, folder="disk/shards")
     whole = dataclasses.replace(config, folder="whole")
     whole.prepare(lambda line: None)
-    program = FULL.format(root=str(ROOT), unit=UNIT, config=config, workers=workers)
+    program = FULL.format(root=str(ROOT), unit=UNIT, config=config, workers=workers, size=size)
     command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip(f"no file system of 200 kB may be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     said = done.stdout
     for part in "disk/shards", "cannot be written: No space left on device. Free some, or set data.folder", "goes on":
         assert part in said
-    assert len(said.splitlines()) == 1
+    assert len(said.splitlines()) == 2
+    assert (int(said.splitlines()[1]) > 10) == (size == 1600)
     for name in "train.bin", "train.idx", "validation.bin", "validation.idx":
         assert Path("shards", name).read_bytes() == Path("whole", name).read_bytes()
 

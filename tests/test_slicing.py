@@ -98,6 +98,9 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path) -> None:
     slices = check(tmp_path / "a.parquet", limits, 20_000)
     assert 3 < len(slices) < 17 and slices[-1].stop == 17
     found, bad = read(tmp_path / "a.parquet", limits, slices)
+    counted: list[int] = []
+    list(documents(Reading(slices[0].part.name, lambda bad: None, counted.append), limits))
+    assert sum(counted) == sum(piece.bytes or 0 for piece in slices) and len(counted) == 17
     assert found[500] == [b"prompt 500", rows[500].encode()]
     assert bad[-1].endswith("row 1040: its 'text' holds a NUL at character 3.") and len(bad) == 40
     assert check(tmp_path / "a.parquet", limits, 10**6) == [

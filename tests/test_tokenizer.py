@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import Bpe, Bytes, TokenizerFile
 from data.tokenizer import ByteTokenizer, JsonTokenizer
+from data.tokenizer.interface import threads
+from data.workers import cores
 
 TEXTS = [
     "plain words, and more words\n",
@@ -200,3 +202,10 @@ def test_a_bpe_holds_the_bytes() -> None:
     assert not list(Bpe(vocab_size=257).check())
     with pytest.raises(TypeError):
         Bpe(300)  # pyrefly: ignore
+
+
+def test_workers_of_prepare_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    assert threads() == cores() >= 1
+    monkeypatch.setenv("RAYON_NUM_THREADS", "3")
+    assert threads() == 3

@@ -61,6 +61,11 @@ class LiveText:
         )
         return {"": corpus}
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources: the one there is."""
+        return (1.0,)
+
     def order(self, rows: Mapping[str, int]) -> Order:
         """Which source each sample of training comes from: the one there is."""
         return Order((0,), ((1.0,),))

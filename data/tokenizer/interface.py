@@ -12,6 +12,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from data.workers import cores
+
 ENDS_OF_DOCUMENT = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -200,7 +202,7 @@ def too_many(vocab_size: int, reached: int, least: int) -> ValueError:
 
 def threads() -> int:
     """How many may encode at once: RAYON_NUM_THREADS, which `tokenizers` obeys, or as many as there are cores."""
-    return int(os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    return int(os.environ.get("RAYON_NUM_THREADS") or cores())
 
 
 def within(tokens: Iterable[int], vocab_size: int) -> list[int]:

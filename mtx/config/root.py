@@ -186,7 +186,11 @@ def mask_of(config: Config) -> Mask:
 
 
 def total_steps(
-    config: Config, samples_per_epoch: Callable[[], int], done_steps: int = 0, done_samples: int = 0
+    config: Config,
+    samples_per_epoch: Callable[[], int],
+    done_steps: int = 0,
+    done_samples: int = 0,
+    done_tokens: int = 0,
 ) -> int:
     """Optimizer steps of a checked config, of which some are done, maybe with another batch size.
 
@@ -195,10 +199,12 @@ def total_steps(
     if config.steps is not None:
         return config.steps
     if config.tokens is not None and (warmup := config.length_warmup) is not None:
-        steps = bisect.bisect_left(
-            range(config.tokens + 1), config.tokens, key=lambda n: warmup.tokens(n, config.batch.global_size)[0]
+        size, rest = config.batch.global_size, config.tokens - done_tokens
+        before = warmup.tokens(done_steps, size)[0]
+        more = range(max(rest, 0) + 1)
+        return done_steps + bisect.bisect_left(
+            more, rest, key=lambda steps: warmup.tokens(done_steps + steps, size)[0] - before
         )
-        return max(steps, done_steps)
     if config.tokens is not None:
         samples = Fraction(config.tokens, config.batch.sequence_length)
     else:
