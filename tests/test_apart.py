@@ -82,7 +82,7 @@ def test_it_gives_what_is_yielded_there_and_serves_again() -> None:
 def test_one_that_died_meanwhile_is_replaced() -> None:
     first, *_ = stream("give", count=1)
     os.kill(first["pid"], signal.SIGKILL)
-    while not gone(first["pid"]):
+    while apart._idle[0].is_alive():
         time.sleep(0.01)
     again, *_ = stream("give", count=1)
     assert again["pid"] != first["pid"]

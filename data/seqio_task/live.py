@@ -155,6 +155,7 @@ class LiveLoader(Loader):
             if wrong:
                 what = type(getattr(self, name)).__name__
                 raise ValueError(f"{name}={what} needs all rows at hand, and a live reader has none. {ONLY_FORWARD}")
+        self.held_out("validation")
         return self
 
     @property
@@ -165,6 +166,11 @@ class LiveLoader(Loader):
     def epochs(self, samples: int) -> Mapping[str, float]:
         """Not a number: unknown."""
         return {"": float("nan")}
+
+    @property
+    def left_out(self) -> Mapping[str, tuple[int, int]]:
+        """Nothing is."""
+        return {}
 
     def origin(self, sample: int) -> Origin:
         """Raises: ValueError: it is not kept."""
