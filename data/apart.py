@@ -93,6 +93,9 @@ class _Process:
                 yield _item(kind, content)
             del waiting[:at]
 
+    def is_alive(self) -> bool:
+        return self._popen.poll() is None
+
     def kill(self) -> None:
         self._popen.kill()
         self._popen.wait()
@@ -114,7 +117,7 @@ def stream(function: str, arguments: Mapping[str, Any], *, silence_s: float, doi
     Raises: ValueError for a ValueError there (Wrong for Wrong), for a process that dies, and for one that is silent for
     `silence_s` seconds, in words that begin with `doing`.
     """
-    if _idle and _idle[0].path != _path():
+    if _idle and (_idle[0].path != _path() or not _idle[0].is_alive()):
         rest()
     process = _idle.pop() if _idle else _Process()
     try:

@@ -38,6 +38,11 @@ def sleep():
     yield {"pid": os.getpid()}
     time.sleep(100)
 
+def load():
+    from data import apart
+    apart.tensorflow()
+    yield {}
+
 def die():
     yield {"pid": os.getpid()}
     raise SystemError("the last words")
@@ -72,6 +77,21 @@ def test_it_gives_what_is_yielded_there_and_serves_again() -> None:
     assert text == b"bytes " * 200_000
     again, *_ = stream("give", count=1)
     assert again["pid"] == first["pid"]
+
+
+def test_one_that_died_meanwhile_is_replaced() -> None:
+    first, *_ = stream("give", count=1)
+    os.kill(first["pid"], signal.SIGKILL)
+    while apart._idle[0].is_alive():
+        time.sleep(0.01)
+    again, *_ = stream("give", count=1)
+    assert again["pid"] != first["pid"]
+
+
+def test_tensorflow_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tensorflow.py").write_text("raise ImportError")
+    with pytest.raises(ValueError, match=r"this needs TensorFlow, which is not installed: pip install 'mtx\[seqio\]'"):
+        list(stream("load"))
 
 
 def test_its_errors_are_raised_here() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import seqio_project
 
-from data import Blended, Loader, SentencePiece, SeqioTask
+from data import Blend, Blended, Loader, SentencePiece, SeqioTask, Weighted, sources_of
 from data.apart import Wrong
 from data.seqio_task import inside, vocabulary
 from data.tokenizer import SentencePieceTokenizer, Tokenizer
@@ -231,15 +231,33 @@ def test_a_task_that_hangs_is_killed(project: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3])
-def test_shards_do_not_depend_on_the_number_of_workers(project: Path, workers: int) -> None:
-    folders = [task("a", folder=f"a{number}_{workers}") for number in (None, workers)]
-    for config, number in zip(folders, (None, workers), strict=True):
-        config.prepare(lambda line: None, workers=number)
-    one, other = (
-        {path.name: path.read_bytes() for path in config.prepared_folder().glob("*.bin")} for config in folders
-    )
-    assert one == other != {}
+def test_a_mixture_whose_rates_changed_is_compiled_again(project: Path) -> None:
+    path = project / "rated.py"
+
+    def rated(rate: int) -> SeqioTask:
+        path.write_text(
+            "import seqio\nfrom my_tasks import toys\n"
+            f"seqio.MixtureRegistry.add('rated', [('a', 1), ('b', {rate})])\nprint(toys)\n"
+        )
+        return SeqioTask(module="rated", mixture="rated", folder="rated")
+
+    rated(1).prepare(lambda line: None)
+    assert list(sources_of(rated(1))) == ["a", "b"]
+    changed = rated(3)
+    assert changed.is_prepared() and list(sources_of(changed)) == [""]
+    with pytest.raises(ValueError, match=r"source a: a train has changed since the text was prepared"):
+        changed.load()
+    changed.prepare(lambda line: None)
+    assert Loader(corpus=changed.load(), sequence_length=16).blend.weights == ((0.25, 0.75),)
+
+
+def test_a_mixture_is_no_source_of_a_blend(mixture: SeqioTask) -> None:
+    with pytest.raises(
+        ValueError, match=r"source x: .* is no single text; a blend has its tasks, compiled, as sources"
+    ):
+        Blend(sources=(Weighted(name="x", data=mixture),)).load()
+    blend = Blend(sources=tuple(Weighted(name=name, data=each) for name, each in mixture.tasks().items()))
+    assert list(blend.load().parts) == ["a", "b", "trained"]
 
 
 # Vocabularies

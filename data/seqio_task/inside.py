@@ -250,7 +250,7 @@ def documents(recipe: dict[str, Any], split: str) -> Iterator[Any]:
         _KEPT.append(iterator)
     for tokens in examples(iterator, f"{asked.module}, split {split} of {task.name}"):
         tokens = document(tokens, tokenizer.end_of_document)
-        size = vocabulary.text_bytes(tokenizer, tokens) if vocabulary.holds(tokenizer, tokens) else -1
+        size = tokenizer.text_bytes(tokens) if vocabulary.holds(tokenizer, tokens) else -1
         yield np.concatenate([np.array([size], np.int32), tokens])
 
 

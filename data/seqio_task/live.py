@@ -26,7 +26,6 @@ from data.packing import Batch, Concatenate, Window
 from data.rows import Pick, windows_batch
 from data.seqio_task import inside, vocabulary
 from data.seqio_task.config import SeqioTask, fingerprint
-from data.tokenizer import Tokenizer
 
 MOST_EMPTY = 1_000_000
 """Examples without tokens, one behind the other, after which the stream is taken to hold none."""
@@ -41,7 +40,7 @@ class LiveText:
     def __init__(self, config: SeqioTask) -> None:
         """Imports TensorFlow and the user's module, and reads what is held out. Raises: ValueError."""
         assert config.reader is not None
-        self.tokenizer: Tokenizer = vocabulary.read(config.describe().vocabulary)
+        self.tokenizer = vocabulary.read(config.describe().vocabulary)
         self.config, self._live = config, config.reader
         self.source = f"{config.mixture} of {config.module}"
         self._provider = inside.provider(config.module, config.mixture)
@@ -115,7 +114,7 @@ class LiveText:
                 if (room := room - len(tokens) - 1) < 0:
                     break
                 kept.append(tokens)
-        size = sum(vocabulary.text_bytes(self.tokenizer, tokens) for tokens in kept)
+        size = sum(self.tokenizer.text_bytes(tokens) for tokens in kept)
         return Split.of_documents(kept, self.tokenizer.end_of_document, size) if kept else None
 
 
@@ -156,6 +155,7 @@ class LiveLoader(Loader):
             if wrong:
                 what = type(getattr(self, name)).__name__
                 raise ValueError(f"{name}={what} needs all rows at hand, and a live reader has none. {ONLY_FORWARD}")
+        self.held_out("validation")
         return self
 
     @property
@@ -166,6 +166,11 @@ class LiveLoader(Loader):
     def epochs(self, samples: int) -> Mapping[str, float]:
         """Not a number: unknown."""
         return {"": float("nan")}
+
+    @property
+    def left_out(self) -> Mapping[str, tuple[int, int]]:
+        """Nothing is."""
+        return {}
 
     def origin(self, sample: int) -> Origin:
         """Raises: ValueError: it is not kept."""

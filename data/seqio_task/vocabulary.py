@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizer.interface import SENTINEL, Tokenizer, by_document, spellings, within
+from data.tokenizer.interface import SENTINEL, by_document, spellings, within
 from data.tokenizer.sentence_piece import SPACE, SentencePieceTokenizer
 
 BYTES = 256
@@ -30,6 +30,10 @@ class SeqioPieces(SentencePieceTokenizer):
             number = self._model.piece_to_id(SPACE + spellings(name)[0])
             return None if self._model.is_unknown(number) else number
         return found
+
+    def text_bytes(self, tokens: np.ndarray) -> int:
+        """Of the text in UTF-8 that tokens stand for."""
+        return len(self._model.decode(tokens.tolist()).encode())
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class SeqioBytes:
             number = int(name.removeprefix(SENTINEL))
             return self.vocab_size - 1 - number if number < self.extra_ids else None
         return 0 if name == "pad" else None
+
+    def text_bytes(self, tokens: np.ndarray) -> int:
+        """Of the text in UTF-8 that tokens stand for."""
+        return int(((tokens >= BEFORE_BYTES) & (tokens < BEFORE_BYTES + BYTES)).sum())
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without an end of document; lone surrogates become "?"."""
@@ -85,6 +93,10 @@ class SeqioNumbers:
         """None: nothing is known of it."""
         spellings(name)
 
+    def text_bytes(self, tokens: np.ndarray) -> int:
+        """There is no text: one for each token."""
+        return len(tokens)
+
     def encode(self, text: str) -> list[int]:
         """Numbers with spaces between them. Raises: ValueError for other text."""
         try:
@@ -103,8 +115,11 @@ class SeqioNumbers:
         return "\n".join(" ".join(map(str, part)) for part in by_document(tokens, self))
 
 
+Vocabulary = SeqioPieces | SeqioBytes | SeqioNumbers
+
+
 @functools.lru_cache(maxsize=8)
-def read(definition: bytes) -> Tokenizer:
+def read(definition: bytes) -> Vocabulary:
     """The tokenizer of a definition. Raises: ValueError that says what is wrong with it."""
     try:
         said = json.loads(definition)
@@ -118,7 +133,7 @@ def _pieces(model: str) -> SeqioPieces:
     return SeqioPieces(base64.b64decode(model))
 
 
-KINDS: dict[str, Callable[..., Tokenizer]] = {
+KINDS: dict[str, Callable[..., Vocabulary]] = {
     "SentencePieceVocabulary": _pieces,
     "ByteVocabulary": SeqioBytes,
     "PassThroughVocabulary": SeqioNumbers,
@@ -151,11 +166,6 @@ def _content(kind: str, vocabulary: Any) -> dict[str, Any]:
     return {"vocab_size": vocabulary.vocab_size, "end_of_document": vocabulary.eos_id}
 
 
-def text_bytes(tokenizer: Tokenizer, tokens: np.ndarray) -> int:
-    """Of the text in UTF-8 that tokens stand for; tokens without a text count as one each."""
-    return len(tokens) if isinstance(tokenizer, SeqioNumbers) else len(tokenizer.decode(tokens).encode())
-
-
-def holds(tokenizer: Tokenizer, tokens: np.ndarray) -> bool:
+def holds(tokenizer: Vocabulary, tokens: np.ndarray) -> bool:
     """Whether all tokens are of the vocabulary."""
     return not len(tokens) or bool(0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size)
