@@ -292,7 +292,7 @@ OWN = {
     "doctor": {"--folder", "--need-gb", "--dev"},
     "data": {"--out", "--sample", "--html"},
     "prepare": {"--train-tokenizer", "--workers"},
-    "eval": {"--split", "--step"},
+    "eval": {"--split", "--step", "--metrics"},
     "generate": {
         *("--prompt", "--prompt-file", "--tokens", "--temperature", "--top-k", "--top-p", "--step", "--seed"),
     },
