@@ -164,7 +164,7 @@ def test_a_change_is_printed_and_goes_on(nine: Path):
     "word",
     [
         "model.dropout=0.2",
-        *(pytest.param(word, marks=pytest.mark.slow) for word in ("data.isolate_documents=False", "seed=1")),
+        *(pytest.param(word, marks=pytest.mark.slow) for word in ("packing.isolate_documents=false", "seed=1")),
     ],
 )
 def test_what_changes_the_meaning_is_refused_unless_said(nine: Path, word: str):

@@ -111,10 +111,10 @@ def test_eight_devices_see_the_same_losses(one_device: tuple[str, Path], tmp_pat
 
 
 def test_lengths_in_tokens_and_epochs(tmp_path: Path):
-    words = ["data=PythonDocs", "steps=None", "eval_every=0", "--devices", "1"]
+    words = ["steps=None", "eval_every=0", "--devices", "1"]
     runs.train(tmp_path / "tokens", *words, "tokens=700")
     assert [row["step"] for row in runs.rows(tmp_path / "tokens")] == [1, 2, 3, 3]
-    text = runs.train(tmp_path / "epochs", *words, "epochs=1e-4")
+    text = runs.train(tmp_path / "epochs", *words, "data=PythonDocs", "epochs=1e-4")
     assert "0.00 epochs" in text
     assert [row["step"] for row in runs.rows(tmp_path / "epochs")] == [1, 1]
 
