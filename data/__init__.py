@@ -27,8 +27,10 @@ from data.packing import Batch, BestFit, Concatenate
 from data.prepared import Fail, Prepared, Skip
 from data.python_docs import PythonDocs
 from data.rows import Pick, Rows
+from data.seqio_task import Live, LiveLoader, LiveText, SeqioTask
 from data.specials import lacking
 from data.text_files import TextFiles
+from data.tfds_text import TfdsText
 from data.tokenizer import (
     Bpe,
     Bytes,
@@ -57,6 +59,9 @@ __all__ = [
     "FillInTheMiddle",
     "Gpt2",
     "LengthWarmup",
+    "Live",
+    "LiveLoader",
+    "LiveText",
     "Loader",
     "MaskedLm",
     "MegatronShards",
@@ -70,11 +75,13 @@ __all__ = [
     "SentencePairs",
     "SentencePiece",
     "SentencePieceFile",
+    "SeqioTask",
     "Skip",
     "SpanCorruption",
     "Split",
     "Text",
     "TextFiles",
+    "TfdsText",
     "TokenizerFile",
     "Weighted",
     "WindowObjective",

@@ -1,9 +1,9 @@
 """Several sources in one stream of samples: which source sample i comes from, and which of its own samples that is.
 
 Weights are shares of samples, that is of windows, and so of tokens: never of documents, whose lengths differ. Of any
-first N samples each source has its share to within one sample. The order repeats after a period in which every
-source has exactly its share, so that any sample of an endless run is found at once, and nothing is stored of a run
-but how many samples it consumed.
+first N samples each source has its share to within one sample, shares being rounded to parts of `LONGEST_PERIOD`. The
+order repeats after a period in which every source has exactly its share, so that any sample of an endless run is found
+at once, and nothing is stored of a run but how many samples it consumed.
 """
 
 import bisect
@@ -96,7 +96,7 @@ class Order:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(source, which of its samples, counted through all phases and epochs)."""
-        phase = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        phase = bisect.bisect_right(self.starts, sample) - 1
         order = period(self.weights[phase])
         periods, i = divmod(sample - self.starts[phase], len(order.source_P))
         source = int(order.source_P[i])

@@ -5,16 +5,20 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from data.blend import Order, capped
+from data.blend import LONGEST_PERIOD, Order, capped
 from data.corpus import Corpus
 from data.megatron_shards import MegatronShards
+from data.prepared import Prepared
 from data.python_docs import PythonDocs
+from data.seqio_task.config import SeqioTask
 from data.text_files import TextFiles
+from data.tfds_text import TfdsText
 from data.tokenizer import Tokenizer
 
-Source = PythonDocs | TextFiles | MegatronShards
+Source = PythonDocs | TextFiles | TfdsText | SeqioTask | MegatronShards
 """What a blend can be made of."""
 
 
@@ -72,6 +76,11 @@ class Blend:
             yield "sources", f"has the name {twice[0]} twice; each needs its own"
         elif not any(source.weight > 0 for source in self.sources):
             yield "sources", "has no weight above 0"
+        elif least := [s for s in self.sources if 0 < s.weight * LONGEST_PERIOD < sum(s.weight for s in self.sources)]:
+            yield (
+                "sources",
+                f"gives {least[0].name} less than one sample in {LONGEST_PERIOD:,}, the finest share there is",
+            )
         if self.temperature is not None and self.temperature <= 0:
             yield "temperature", "must be positive; None takes the weights as they are"
         starts = [phase.start_sample for phase in self.phases]
@@ -100,13 +109,25 @@ class Blend:
         found: dict[str, Corpus] = {}
         for source in self.sources:
             with named(source.name):
-                found[source.name] = source.data.load()
+                corpus = source.data.load()
+                if not isinstance(corpus, Corpus):
+                    raise ValueError(f"{corpus.source} is no single text; a blend has its tasks, compiled, as sources.")
+                found[source.name] = corpus
         return Blended(self, found)
 
 
 def sources_of(config: Source | Blend) -> Mapping[str, Source]:
     """The sources of a config's data by name; one without a name where it is no blend."""
-    return {source.name: source.data for source in config.sources} if isinstance(config, Blend) else {"": config}
+    if isinstance(config, Blend):
+        return {source.name: source.data for source in config.sources}
+    return config.tasks() if isinstance(config, SeqioTask) and config.is_current() else {"": config}
+
+
+def shards_of(source: Prepared) -> list[Prepared]:
+    """What lies in one folder of shards each: of a seqio Mixture its tasks; nothing of what is read live."""
+    if not isinstance(source, SeqioTask):
+        return [source]
+    return list(source.tasks().values()) if source.reader is None else []
 
 
 class Blended:
@@ -143,19 +164,26 @@ class Blended:
 
     def order(self, rows: Mapping[str, int]) -> Order:
         """Which source each sample of training comes from, of sources with so many rows."""
+        starts, weights = zip(*self._phases(), strict=True)
+        limits = [
+            None if source.max_epochs is None else int(Fraction(str(source.max_epochs)) * rows[source.name])
+            for source in self._config.sources
+        ]
+        return capped(Order(starts, weights), limits)
+
+    def _phases(self) -> list[tuple[int, tuple[float, ...]]]:
+        """The first sample and the weights of each."""
         config = self._config
         sizes = [len(part.splits["train"].tokens_N) for part in self.parts.values()]
         factors = [1.0 if config.temperature is None else size ** (1 / config.temperature) for size in sizes]
         phases = [(0, tuple(source.weight for source in config.sources))]
         phases += [(phase.start_sample, phase.weights) for phase in config.phases]
-        weights = tuple(
-            tuple(weight * factor for weight, factor in zip(each, factors, strict=True)) for _, each in phases
-        )
-        limits = [
-            None if source.max_epochs is None else int(source.max_epochs * rows[source.name])
-            for source in config.sources
-        ]
-        return capped(Order(tuple(start for start, _ in phases), weights), limits)
+        return [(start, tuple(w * f for w, f in zip(each, factors, strict=True))) for start, each in phases]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources, in the last phase."""
+        return self._phases()[-1][1]
 
     def describe(self) -> str:
         """For the banner."""

@@ -113,6 +113,11 @@ class Corpus:
         """The sources by name, as a blend has them: this one, without a name."""
         return {"": self}
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources."""
+        return (1.0,)
+
     def order(self, rows: Mapping[str, int]) -> Order:
         """Which source each sample of training comes from."""
         return Order((0,), ((1.0,),))

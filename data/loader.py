@@ -4,6 +4,7 @@ Sample i is a function of (seed, data, objective, packing, sequence length, i): 
 of processes, devices or the size of batches. So all that a run has to keep is how many samples it has consumed.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,15 +15,17 @@ import numpy as np
 
 from data.blend import Order
 from data.corpus import Corpus, Split
-from data.objectives import AnyObjective, CausalLm, Curriculum, Frame, MetricFile, easiest_first
+from data.objectives import AnyObjective, CausalLm, Curriculum, Frame, MetricFile, Rarity, easiest_first
 from data.order import Shuffled, shuffled
 from data.packing import Batch, BestFit, Concatenate
-from data.rows import Pick, Rows, Span, rows_of
+from data.rows import Completions, Pick, Rows, Span, rows_of
 from data.specials import frame_of
 from data.tokenizer import Tokenizer
 
 CHUNK = 1 << 22
 """Tokens counted at once."""
+POOLS = 1024
+"""Pools of a curriculum that are remembered, each of a step and a source."""
 MEASURED = 256
 """Rows measured at once."""
 
@@ -38,6 +41,8 @@ class Text(Protocol):
     def source(self) -> str: ...
     @property
     def gzip_bits_per_byte(self) -> float | None: ...
+    @property
+    def weights(self) -> tuple[float, ...]: ...
     def order(self, rows: Mapping[str, int]) -> Order: ...
     def describe(self) -> str: ...
     @property
@@ -49,8 +54,8 @@ class Origin(NamedTuple):
 
     source: str
     """Its name; nothing where there is one."""
-    epoch: int
-    """How often the source was gone through before."""
+    epoch: int | None
+    """How often the source was gone through before; None with a curriculum, which has no epochs."""
     row: int
     """Which of the source's rows it is."""
     spans: list[Span]
@@ -70,6 +75,7 @@ class Loader:
     global_size: int = 1
     """Samples of a step, by which a curriculum goes."""
     seed: int = 0
+    _pools: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
     _held_out: dict[str, Mapping[str, tuple[Rows, Split]]] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> "Loader":
@@ -90,7 +96,25 @@ class Loader:
                 )
             if not len(self._training[name]):
                 raise ValueError(f"no row can be made of {part.source}: its documents are too short or too long.")
+        self.held_out("validation")
+        if self.curriculum is not None:
+            self._refuse_what_is_never_drawn(self.curriculum)
         return self
+
+    def _refuse_what_is_never_drawn(self, curriculum: Curriculum) -> None:
+        for name, (metric_N, _) in self._difficulties.items():
+            whose = f" of source {name}" if name else ""
+            first, last = (curriculum.pacing.difficulty(step) for step in (0, curriculum.pacing.last_step))
+            if curriculum.by == "value" and first < metric_N[0]:
+                raise ValueError(
+                    f"curriculum.pacing starts at {first}, and the easiest row{whose} is at {metric_N[0]:.6g}; start "
+                    f"at {math.ceil(metric_N[0])} or more."
+                )
+            if curriculum.by == "value" and last < metric_N[-1]:
+                raise ValueError(
+                    f"curriculum.pacing ends at {last}, and the hardest row{whose} is at {metric_N[-1]:.6g}, which "
+                    f"would never be drawn; end at {math.ceil(metric_N[-1])} or more."
+                )
 
     @cached_property
     def frame(self) -> Frame:
@@ -112,6 +136,12 @@ class Loader:
     def blend(self) -> Order:
         """Which source each sample of training comes from."""
         return self.corpus.order(self.epoch_samples)
+
+    @property
+    def left_out(self) -> Mapping[str, tuple[int, int]]:
+        """Of sources of prompts and completions, how many pairs are longer than a row, and all; if there are any."""
+        pairs = {name: rows.left_out for name, rows in self._training.items() if isinstance(rows, Completions)}
+        return {name: (left_out, whole) for name, (left_out, whole) in pairs.items() if left_out}
 
     def epochs(self, samples: int) -> Mapping[str, float]:
         """How often each source is gone through in so many samples."""
@@ -145,18 +175,30 @@ class Loader:
     def origin(self, sample: int) -> Origin:
         """Where a sample of training comes from."""
         source, pick = self._pick(sample)
-        return Origin(source, pick.epoch, pick.row, self._training[source].spans(pick.row))
+        return Origin(
+            source, pick.epoch if self.curriculum is None else None, pick.row, self._training[source].spans(pick.row)
+        )
 
     def _pick(self, sample: int) -> tuple[str, Pick]:
         source, own = self.blend.locate(sample)
         name, order, rows = self._orders[source]
         if self.curriculum is None:
             return name, Pick(own // rows, order[own])
-        metric_N, easiest_N = self._difficulties[name]
-        pool, since_step = self.curriculum.pool(sample // self.global_size, metric_N)
-        before = int(self.blend.counts(since_step * self.global_size)[source])
+        _, easiest_N = self._difficulties[name]
+        pool, before = self._pool(sample // self.global_size, name, source)
         rank = self.curriculum.draw(self.seed, name, pool, own - before)
         return name, Pick(own, int(easiest_N[rank]))  # an epoch of its own: small pools come back soon
+
+    def _pool(self, step: int, name: str, source: int) -> tuple[int, int]:
+        """How many of a source's easiest rows may be drawn at a step, and how many samples it had before they were."""
+        if (step, name) not in self._pools:
+            assert self.curriculum is not None
+            pool, since_step = self.curriculum.pool(step, self._difficulties[name][0])
+            before = int(self.blend.counts(since_step * self.global_size)[source])
+            while len(self._pools) > POOLS:
+                self._pools.pop(next(iter(self._pools)))
+            self._pools[step, name] = pool, before
+        return self._pools[step, name]
 
     @cached_property
     def _difficulties(self) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
@@ -173,13 +215,12 @@ class Loader:
         metric = self.curriculum.metric
         if isinstance(metric, MetricFile):
             return metric.read(len(rows))
-        chunks = range(0, len(split.tokens_N), CHUNK)
         counts_V = np.zeros(self.frame.vocab_size, np.int64)
-        for i in chunks:
+        for i in range(0, len(split.tokens_N) if isinstance(metric, Rarity) else 0, CHUNK):
             counts_V += np.bincount(split.tokens_N[i : i + CHUNK], minlength=len(counts_V))
-        picks = [Pick(0, row) for row in range(len(rows))]
+        chunks = (range(i, min(i + MEASURED, len(rows))) for i in range(0, len(rows), MEASURED))
         return np.concatenate(
-            [metric.measure(rows.batch(picks[i : i + MEASURED]), counts_V) for i in range(0, len(rows), MEASURED)]
+            [metric.measure(rows.batch([Pick(0, row) for row in chunk]), counts_V) for chunk in chunks]
         )
 
     # What a reader of streams keeps; here a sample's number is all there is to know.
@@ -197,10 +238,15 @@ class Loader:
         """Goes on where `save` was called. Raises: ValueError."""
 
     def held_out(self, split: str) -> Mapping[str, tuple[Rows, Split]]:
-        """The rows of a split that is measured with, by source; sources without one are left out."""
+        """The rows of a split that is measured with, by source; sources without one are left out.
+
+        Raises: ValueError if its documents are not of the kind that the objective is for.
+        """
         if split not in self._held_out:
             found = {name: part.splits[split] for name, part in self.corpus.parts.items() if split in part.splits}
-            self._held_out[split] = {
-                name: (self._rows(there, f"{name}/{split}"), there) for name, there in found.items()
+            rows = {
+                name: self._training[name] if split == "train" else self._rows(there, f"{name}/{split}")
+                for name, there in found.items()
             }
+            self._held_out[split] = {name: (rows[name], there) for name, there in found.items() if len(rows[name])}
         return self._held_out[split]

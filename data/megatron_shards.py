@@ -161,13 +161,24 @@ class _Joined:
             return self._streams[at][key - self._starts[at]]
         start, stop, step = key.indices(len(self))
         assert step == 1, "streams are read forwards"
+        parts = self.views(start, stop)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def views(self, start: int, stop: int) -> list[np.ndarray]:
+        """What of each stream lies in [start, stop)."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        parts = [
+        return [
             stream[max(start - begin, 0) : max(stop - begin, 0)]
             for stream, begin in zip(self._streams[first:], self._starts[first:].tolist(), strict=False)
             if begin < stop
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+
+def _view(tokens_N: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) of a stream, of which nothing is read."""
+    if not isinstance(tokens_N, _Joined):
+        return tokens_N[start:stop]
+    return cast(np.ndarray, _Joined(tokens_N.views(start, stop)))
 
 
 def _prefixes(value: str) -> list[str]:
@@ -204,7 +215,7 @@ def _documents(whole: Split, start: int, stop: int) -> Split:
     before = int(whole.lengths_S[:first].sum(dtype=np.int64))
     tokens = int(whole.lengths_S[first:last].sum(dtype=np.int64))
     return Split(
-        tokens_N=whole.tokens_N[before : before + tokens],
+        tokens_N=_view(whole.tokens_N, before, before + tokens),
         lengths_S=whole.lengths_S[first:last],
         documents_D=whole.documents_D[start : stop + 1] - first,
         bytes=None,

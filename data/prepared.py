@@ -193,6 +193,10 @@ class Prepared(abc.ABC):
         """Whether any of the parts of these names is still there to compare with, and `parts` may be called."""
         return True
 
+    def fingerprints(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the parts that are there now, by name; `names` are those that were read."""
+        return {part.name: part.fingerprint for part in self.parts()}
+
     def shares(self) -> dict[str, Fraction]:
         """Of 1, by split, where a hash of each text decides: train first, none of 0."""
         return {}
@@ -323,7 +327,7 @@ class Prepared(abc.ABC):
         then = {source.name: source.fingerprint for source in manifest.sources}
         if not self.is_here(then):
             return
-        now = {part.name: part.fingerprint for part in self.parts()}
+        now = self.fingerprints(then)
         changes = [f"{name} is new" for name in now.keys() - then.keys()]
         changes += [f"{name} is gone" for name in then.keys() - now.keys()]
         changes += [f"{name} has changed" for name in now.keys() & then.keys() if now[name] != then[name]]

@@ -19,7 +19,7 @@ from data.objectives import (
     pack_documents,
     stack,
 )
-from data.packing import Batch, BestFit, Concatenate, cut, pack, window_count
+from data.packing import Batch, BestFit, Concatenate, Window, cut, pack, window_count
 
 
 class Pick(NamedTuple):
@@ -65,7 +65,7 @@ def rows_of(
     if isinstance(objective, SentencePairs):
         found: Rows = _Pairs(split, objective, frame, seed, source)
     elif isinstance(objective, Completion):
-        found = _Completions(split, objective, frame)
+        found = Completions(split, objective, frame)
     elif isinstance(packing, BestFit):
         found = _Packed(split, frame)
     else:
@@ -86,21 +86,30 @@ class _Windows:
 
     def batch(self, picks: Sequence[Pick]) -> Batch:
         windows = [cut(self._stream_N, pick.row, self._length) for pick in picks]
-        frame, objective = self._frame, self._objective
-        if isinstance(objective, CausalLm):  # all at once
-            return pack(windows, end_of_document=frame.end_of_document, isolate_documents=frame.isolate_documents)
-        return stack(
-            [
-                objective.row(
-                    window, frame, generator(self._seed, objective.purpose, self._source, pick.epoch, pick.row)
-                )
-                for window, pick in zip(windows, picks, strict=True)
-            ]
-        )
+        return windows_batch(windows, picks, self._objective, self._frame, self._seed, self._source)
 
     def spans(self, row: int) -> list[Span]:
         start = row * self._length
         return [Span(start, min(start + self._length + 1, len(self._stream_N)))]
+
+
+def windows_batch(
+    windows: Sequence[Window],
+    picks: Sequence[Pick],
+    objective: WindowObjective,
+    frame: Frame,
+    seed: int,
+    source: str,
+) -> Batch:
+    """Windows of a stream as rows, each with the random numbers of its pick."""
+    if isinstance(objective, CausalLm):  # all at once
+        return pack(windows, end_of_document=frame.end_of_document, isolate_documents=frame.isolate_documents)
+    return stack(
+        [
+            objective.row(window, frame, generator(seed, objective.purpose, source, pick.epoch, pick.row))
+            for window, pick in zip(windows, picks, strict=True)
+        ]
+    )
 
 
 class _Packed:
@@ -130,7 +139,7 @@ class _Packed:
         return Span(start + piece.start, start + piece.end)
 
 
-class _Completions:
+class Completions:
     """Rows of prompts with their completions."""
 
     def __init__(self, split: Split, objective: Completion, frame: Frame) -> None:
@@ -143,7 +152,9 @@ class _Completions:
         self._stream_N, self._objective, self._frame = split.tokens_N, objective, frame
         self._starts_S = sequence_starts(split)
         lengths = split.lengths_S.reshape(-1, 2) - [0, 1]  # the end of document is the row's to add
-        self._rows, self.left_out = objective.pack([(int(a), int(b)) for a, b in lengths], frame.sequence_length)
+        self._rows, left_out = objective.pack([(int(a), int(b)) for a, b in lengths], frame.sequence_length)
+        self.left_out = len(left_out), len(lengths)
+        """Pairs that are longer than a row, and all."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -168,10 +179,15 @@ class _Pairs:
         self._objective, self._frame, self._seed, self._source = objective, frame, seed, source
         self._documents = _Sentences(split)
         lengths = [self._documents.lengths(d) for d in range(len(self._documents))]
-        if max(map(len, lengths)) < 2:
+        if max(map(len, lengths), default=0) < 2:
             raise ValueError(
                 "objective=SentencePairs is for documents in sentences, and no document here has two; prepare them "
                 "with data.sentences=true."
+            )
+        if len(lengths) < 2 and objective.negative == "random":
+            raise ValueError(
+                "objective=SentencePairs takes text of another document, and there is one; give more documents, or say "
+                "objective.negative=swapped."
             )
         self._chunks = objective.chunks(lengths, frame.sequence_length)
 
@@ -202,18 +218,19 @@ class _Sentences(Sequence[Sequence[np.ndarray]]):
 
     def __init__(self, split: Split) -> None:
         self._split, self._starts_S = split, sequence_starts(split)
+        (self._with_text,) = np.nonzero(np.diff(self._starts_S[split.documents_D]) > 1)  # more than their end
 
     def __len__(self) -> int:
-        return self._split.documents
+        return len(self._with_text)
 
     def lengths(self, document: int) -> list[int]:
-        first, end = self._split.documents_D[document : document + 2]
+        first, end = self._split.documents_D[self._with_text[document] :][:2]
         lengths = self._split.lengths_S[first:end].tolist()
         lengths[-1] -= 1
         return lengths if lengths[-1] else lengths[:-1]
 
     def __getitem__(self, document: int) -> list[np.ndarray]:  # pyrefly: ignore[bad-override]: no slices
-        first = int(self._split.documents_D[document])
+        first = int(self._split.documents_D[self._with_text[document]])
         starts = self._starts_S[first:]
         found = []
         for i, length in enumerate(self.lengths(document)):
@@ -221,7 +238,7 @@ class _Sentences(Sequence[Sequence[np.ndarray]]):
         return found
 
     def span(self, document: int, first: int, end: int) -> Span:
-        start = int(self._split.documents_D[document])
+        start = int(self._split.documents_D[self._with_text[document]])
         return Span(int(self._starts_S[start + first]), int(self._starts_S[start + end]))
 
 

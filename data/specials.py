@@ -6,7 +6,7 @@ import numpy as np
 
 from data.objectives import AnyObjective, Frame, Specials
 from data.packing import BestFit, Concatenate
-from data.tokenizer import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, Tokenizer, WordPieceTokenizer
+from data.tokenizer import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
 NAMES = ("mask", "cls", "sep", "fim_prefix", "fim_middle", "fim_suffix")
 """In the order in which they get numbers where a tokenizer lacks them, so that objectives can follow one another."""
@@ -67,6 +67,6 @@ def starts_word(tokenizer: Tokenizer) -> np.ndarray:
         pieces = tokenizer.pieces()
     else:
         pieces = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
-    if isinstance(tokenizer, WordPieceTokenizer):
-        return np.array([not piece.startswith("##") for piece in pieces])
+    if isinstance(tokenizer, JsonTokenizer) and tokenizer.within:
+        return np.array([not piece.startswith(tokenizer.within) for piece in pieces])
     return np.array([piece[:1] in SPACES or not piece[:1].isalnum() for piece in pieces])

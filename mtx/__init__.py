@@ -35,6 +35,8 @@ DIMENSIONS = {
     "M": "microbatch",
     "P": "stage",
     "C": "position",
+    "Q": "pooled",
+    "A": "answer",
 }
 
 FLAX_MINIMUM = (0, 12, 8)

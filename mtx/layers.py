@@ -30,6 +30,8 @@ class Context:
     """Two uint32 words per sequence, from (seed, global sample index); None without dropout."""
     prefix_BT: jax.Array | None = None
     """Where each token's prefix ends, for objectives that have one."""
+    type_BT: jax.Array | None = None
+    """Which of two texts each token is of, for models that read pairs."""
     layer: jax.Array | int = 0
     seen_BTS: jax.Array | None = None
     """With a cache: which of its slots each token sees, instead of what mask and segments say."""

@@ -1,6 +1,6 @@
 """Losses over a vocabulary that may be split: logits are never gathered, and never whole in time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -107,6 +107,27 @@ def cross_entropy(
     loss.defvjp(forward, backward)
     objective, nll = loss(h_BTD, table_VD[...])
     return objective, jax.lax.stop_gradient(nll)
+
+
+def pair_loss(
+    doors: Doors,
+    answer: Callable[[jax.Array], jax.Array],
+    h_BTD: jax.Array,
+    label_BT: jax.Array,
+    weight_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The same sums of whether pairs belong together, which the first token tells; `answer` gives logits_BTA of h_BTD.
+
+    A pair weighs as much as the targets of its row together, so that over a batch the loss is the tokens' mean and the
+    pairs' mean, added, as in BERT, if rows have equally many targets.
+    """
+    first_BTD, here = doors.first(h_BTD)
+    logits_BTA = answer(first_BTD)
+    said_BT = jnp.where(label_BT[:, :1] == 1, logits_BTA[..., 1], logits_BTA[..., 0])
+    nll_BT = jax.nn.logsumexp(logits_BTA, axis=-1) - said_BT
+    mine = jnp.sum(nll_BT * jnp.sum(weight_BT, axis=1, keepdims=True)) * here
+    nll = doors.sum_time(jax.lax.stop_gradient(mine))
+    return mine + (nll - jax.lax.stop_gradient(mine)), nll
 
 
 def split_time(x_BT: jax.Array, span: int) -> jax.Array:

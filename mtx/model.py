@@ -26,7 +26,9 @@ from mtx.layers import (
     RMSNorm,
     Rotary,
     SwiGLU,
+    add_bias,
     dropout,
+    vector,
     weight,
 )
 from mtx.layout import Placement, Weight
@@ -48,6 +50,10 @@ class Batch(NamedTuple):
     """Position within the document (or the row)."""
     prefix: jax.Array | None = None
     """Where in the row a token's prefix ends, which it sees; only with an objective that has prefixes."""
+    types: jax.Array | None = None
+    """Which of two texts a token is of, 0 or 1; only for models that read pairs."""
+    label: jax.Array | None = None
+    """Whether the two do not belong together, 0 or 1, the same in all of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,9 @@ class Transformer:
     """How a token knows its place."""
     causal: bool = True
     """A token sees only what is before it; False: an encoder."""
+    pairs: bool = False
+    """Reads pairs of texts: an embedding for each of the two, and a head that tells from the first token whether they
+    belong together (Devlin et al. 2018)."""
     bias: bool = True
     """Biases on the projections."""
     tied_head: bool = True
@@ -128,6 +137,12 @@ class Ends(nnx.Module):
         self.token_VD = weight(rngs, "VD", (V, D), init)
         if isinstance(config.positions, Learned):
             self.position_CD = weight(rngs, "CD", (config.positions.length, D), init)
+        if config.pairs:
+            self.type_CD = weight(rngs, "CD", (2, D), init)
+            self.pool_DQ = weight(rngs, "DQ", (D, D), init)
+            self.pool_bias_Q = vector(rngs, "Q", (D,), 0.0)
+            self.answer_QA = weight(rngs, "QA", (D, 2), init)
+            self.answer_bias_A = vector(rngs, "A", (2,), 0.0)
         self.norm = config.norm.build(D, rngs)
         if not config.tied_head:
             self.head_VD = weight(rngs, "VD", (V, D), init)
@@ -136,7 +151,16 @@ class Ends(nnx.Module):
         x_BTD = context.doors.embed(token_BT, self.token_VD)
         if isinstance(self.config.positions, Learned):
             x_BTD = x_BTD + context.doors.embed(context.position_BT, self.position_CD)
+        if self.config.pairs:
+            assert context.type_BT is not None
+            x_BTD = x_BTD + context.doors.embed(context.type_BT, self.type_CD)
         return dropout(x_BTD, self.config.dropout, context, "embedding")
+
+    def answer(self, x_BTD: jax.Array, doors: Doors) -> jax.Array:
+        """Float32 logits_BTA of whether a pair belongs together (0) or not (1), from the final norm's output."""
+        pooled_BTQ = jnp.tanh(add_bias(doors.project("BTD,DQ->BTQ", x_BTD, self.pool_DQ), self.pool_bias_Q))
+        logits_BTA = add_bias(doors.project("BTQ,QA->BTA", pooled_BTQ, self.answer_QA), self.answer_bias_A)
+        return logits_BTA.astype(jnp.float32)
 
     @property
     def head(self) -> nnx.Param:
@@ -215,7 +239,8 @@ class Model:
         """What the layers share. `key_B` turns dropout on."""
         config = self.config
         dropped = config.dropout > 0 or config.attention_dropout > 0
-        return Context(doors, mask, batch.segments, batch.positions, key_B if dropped else None, batch.prefix)
+        key_B = key_B if dropped else None
+        return Context(doors, mask, batch.segments, batch.positions, key_B, batch.prefix, batch.types)
 
     def embed(self, ends: Params, token_BT: jax.Array, context: Context) -> jax.Array:
         """x_BTD, which the first layer reads."""
@@ -273,6 +298,10 @@ class Model:
             return jax.lax.scan(layer, now, jnp.arange(place.size), unroll=self.config.unroll)[0]
 
         return relay(place, chunk, x, own)
+
+    def answer(self, ends: Params, h_BTD: jax.Array, doors: Doors) -> jax.Array:
+        """Float32 logits_BTA for pairs, of `hidden`'s result."""
+        return _merge(self._ends, ends).answer(h_BTD, doors)
 
     def head(self, ends: Params) -> nnx.Param:
         """The output projection, token_VD or its own."""

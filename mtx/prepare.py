@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from data import Prepared, sources_of
-from data.blended import named
+from data.blended import named, shards_of
 from mtx.config import Loaded, check, load
 from mtx.errors import ConfigError, DataError
 
@@ -75,7 +75,8 @@ def run(loaded: Loaded, *, workers: int | None = None, **_: Any) -> None:
         try:
             with named(name):
                 data.prepare(lambda line: print(line, flush=True), workers=workers)
-            print(table(data))
+            for shards in shards_of(data):
+                print(table(shards))
         except ValueError as error:
             raise DataError(str(error)) from error
 

@@ -156,6 +156,14 @@ class Doors(abc.ABC):
     def local(self, f: Callable[..., jax.Array], letters: Sequence[str], result: str, *arrays: jax.Array) -> jax.Array:
         """f of what each device holds, where it communicates nothing: for kernels, which XLA cannot split."""
 
+    @abc.abstractmethod
+    def first(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        """The first of this rank's time (T = 1) in the residual stream, and 1 if it is the sequence's first, else 0."""
+
+    @abc.abstractmethod
+    def sum_time(self, x: jax.Array) -> jax.Array:
+        """Add what the ranks that split the residual stream's time hold. Not differentiated."""
+
     def gather_stages(self, weight: Weight, value: jax.Array) -> jax.Array:
         """A stored weight's value with what other pipeline stages hold of it at rest: once per step."""
         return value
@@ -269,6 +277,13 @@ class ManualDoors(Doors):
         x_BTD = _take(jnp.clip(local_BT, 0, rows - 1), table)
         return self.leave(jnp.where(here_BT[..., None], x_BTD, 0))
 
+    def first(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        split = self.layout.sequence_parallel and self.model > 1
+        return x_BTD[:, :1], (lax.axis_index("model") == 0).astype(jnp.float32) if split else 1.0
+
+    def sum_time(self, x: jax.Array) -> jax.Array:
+        return lax.psum(x, "model") if self.layout.sequence_parallel and self.model > 1 else x
+
     def _residual(self, x_BT: jax.Array) -> jax.Array:
         if not self.layout.sequence_parallel:
             return x_BT
@@ -360,6 +375,12 @@ class CompiledDoors(Doors):
         table = self.gather_for_use(table_VD).astype(jnp.float32)
         x_BTD = table.at[token_BT].get(out_sharding=self.layout.activation("BTD"))
         return x_BTD.astype(self.compute)
+
+    def first(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+        return self.enter(x_BTD)[:, :1], 1.0
+
+    def sum_time(self, x: jax.Array) -> jax.Array:
+        return x
 
     def index(self, letter: Literal["T", "N", "V"], x: jax.Array, axis: int) -> jax.Array:
         names = self.layout.axes(RESIDUAL_TIME if letter == "T" else DIMENSIONS[letter], "activations")

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtx.layers import Context
 from mtx.layout import BoundLayout, Weight
-from mtx.losses import CrossEntropy, cross_entropy
+from mtx.losses import CrossEntropy, cross_entropy, pair_loss
 from mtx.model import Batch, Model
 from mtx.optim import Counter, Optimizer, Progress
 from mtx.pipeline import Engine, OneFOneB, Parts, Schedule, to_order, to_rows
@@ -198,6 +198,8 @@ class Program:
         }
         if self.mask.has(Prefix):
             dtypes["prefix"] = jnp.int32
+        if self.model.config.pairs:
+            dtypes |= {"types": jnp.int32, "label": jnp.int32}
         shape = (microbatches, rows, time)
         arrays: Any = {name: jax.ShapeDtypeStruct(shape, d, sharding=at) for name, d in dtypes.items()}
         return Batch(**arrays)
@@ -331,6 +333,11 @@ class Program:
     def _loss(self, doors: Doors, ends: Params, h_BTD: jax.Array, batch: Batch) -> jax.Array:
         head, vocab = self.model.head(ends), self.model.config.vocab_size
         objective, nll = cross_entropy(doors, self.loss, h_BTD, head, batch.targets, batch.weights, vocab)
+        if self.model.config.pairs:
+            assert batch.label is not None
+            answer = partial(self.model.answer, ends, doors=doors)
+            pairs = pair_loss(doors, answer, h_BTD, batch.label, batch.weights)
+            objective, nll = objective + pairs[0], nll + pairs[1]
         return jnp.stack([objective, nll, jnp.sum(batch.weights)])
 
     def _reduce(self, doors: Doors, gradients: Params, sums: jax.Array) -> tuple[Params, jax.Array]:

@@ -43,8 +43,9 @@ MISTAKES = {
     "SentencePairs": [
         (
             "objective=SentencePairs model.vocab_size=263 model.causal=false",
-            "objective=SentencePairs makes pairs and labels, and no model here has a head for them; try MaskedLm.",
+            "objective=SentencePairs needs a head for pairs, and model.pairs=false; try model.pairs=true.",
         ),
+        ("model.pairs=true", "model.pairs=true reads pairs, and objective=CausalLm makes none; try model.pairs=false."),
     ],
     "SpanCorruption": [
         (
@@ -115,6 +116,27 @@ MISTAKES = {
     ],
     "Blend": [
         ("data=Blend", "data=Blend needs data.sources=... too."),
+    ],
+    "TfdsText": [
+        ("data=TfdsText", "data=TfdsText needs data.name=... too."),
+        (
+            "data=TfdsText data.name=a data.data_dir=no",
+            "data.data_dir=no is no folder; name the one that TFDS keeps data",
+        ),
+        ("data=TfdsText data.name=a data.paths=b", "data.paths: TfdsText has no field 'paths'"),
+    ],
+    "SeqioTask": [
+        ("data=SeqioTask data.module=my_pkg.tasks", "data=SeqioTask needs data.mixture=... too."),
+        (
+            "data=SeqioTask data.module=my-tasks data.mixture=a",
+            "data.module=my-tasks is no name of a module; say it as in import, such as my_pkg.tasks.",
+        ),
+    ],
+    "Live": [
+        (
+            "data=SeqioTask data.module=a data.mixture=b data.reader=Lives",
+            "data.reader=Lives must be a Live or None; did you mean Live?",
+        ),
     ],
 }
 

@@ -57,7 +57,7 @@ def is_row(row: Row, length: int) -> None:
     real = int((row["segments"] > 0).sum())
     for name, array in row.items():
         assert array.dtype == (np.float32 if name == "weights" else np.int32), name
-        assert array.shape == (() if name == "label" else (length,)), name
+        assert array.shape == (length,), name
     assert (np.diff(row["segments"][:real]) >= 0).all() and not row["segments"][real:].any()
     assert not row["weights"][real:].any() and not row["positions"][real:].any()
     assert (np.diff(row.get("prefix", np.zeros(1))) >= 0).all()

@@ -1,31 +1,49 @@
 """Real runs through the command line, and what they left: for tests of stopping, resuming and several processes."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mtx.checkpoint import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     *("model.layers=1", "model.width=32", "model.mlp.width=64", "model.dropout=0.1", "batch.sequence_length=32"),
-    *("steps=12", "log_every=2", "eval_every=4", "eval_sequences=64", "sample_tokens=8", "checkpoints.every_steps=3"),
+    *("steps=12", "log_every=2", "eval_every=4", "eval_sequences=64", "sample_tokens=0", "checkpoints.every_steps=3"),
 ]
 ABOUT_TIME = {"step_s", "data_wait_s", "tokens_per_s", "tokens_per_s_per_device", "tflops_per_s_per_device", "mfu"}
 
 
+BOOKS = tempfile.TemporaryDirectory(prefix="mtx-tests-")
+
+
+@functools.cache
+def book() -> list[str]:
+    """Words for a little text, prepared once: a run that reads Python's documentation reads it for seconds."""
+    lines = (f"Line {i} of a book about {('ducks', 'geese', 'swans')[i % 3]} has number {i * i}." for i in range(4000))
+    Path(BOOKS.name, "book.txt").write_text("\n\n".join(lines))
+    words = ["data=TextFiles", f"data.paths={BOOKS.name}/book.txt", f"data.folder={BOOKS.name}/shards"]
+    words += ["data.cut_text_bytes=512", "data.split=9,1"]
+    prepare = [sys.executable, "main.py", "prepare", "--config", "configs/quickstart.py", *words]
+    subprocess.run(prepare, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return words
+
+
 def command(workdir: Path, *words: str) -> list[str]:
-    """Words replace those of `SMALL` that set the same field."""
-    config = [] if "--config" in words else ["--config", "configs/quickstart.py"]
+    """Words replace those of `SMALL` and `book` that set the same field."""
+    config, usual = ([], SMALL) if "--config" in words else (["--config", "configs/quickstart.py"], [*SMALL, *book()])
     taken = {word.partition("=")[0] for word in words}
-    small = [word for word in SMALL if word.partition("=")[0] not in taken and word.partition(".")[0] not in taken]
+    small = [word for word in usual if word.partition("=")[0] not in taken and word.partition(".")[0] not in taken]
     return [sys.executable, "main.py", *config, *small, f"workdir={workdir}", *words]
 
 
@@ -65,6 +83,38 @@ def train(workdir: Path, *words: str, code: int = 0) -> str:
     return end(begin(workdir, *words), code)
 
 
+class Answer(NamedTuple):
+    """Of a command line: its exit code (or exception), output and errors, and whether JAX is imported by then."""
+
+    code: int | str
+    out: str
+    err: str
+    jax: bool
+
+
+CHILD = """
+import contextlib, io, json, sys, main
+for words in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main.main(["main.py", *words])
+        except BaseException as error:
+            code = repr(error)
+    print(json.dumps([code, out.getvalue(), err.getvalue(), "jax" in sys.modules]), flush=True)
+"""
+
+
+def ask(asked: list[list[str]], **environment: str) -> list[Answer]:
+    """Command lines one after another in one process, so that what they import is imported once."""
+    argv, env = [sys.executable, "-c", CHILD], os.environ | environment
+    done = subprocess.run(argv, input=json.dumps(asked), capture_output=True, text=True, timeout=600, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    answers = [Answer(*json.loads(line)) for line in done.stdout.splitlines()]
+    assert len(answers) == len(asked)
+    return answers
+
+
 def port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -94,7 +144,7 @@ def wait_for(workdir: Path, child: subprocess.Popen, there: Callable[[], bool]) 
     while not there():
         assert child.poll() is None, f"it ended too early:\n{child.communicate()[0]}"
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 def at_step(workdir: Path, child: subprocess.Popen, step: int) -> None:

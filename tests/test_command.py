@@ -1,7 +1,6 @@
 """The command line: verbs, flags, help without a device, what is refused with which words and exit code."""
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -10,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import runs
 
 import main
 from mtx import command, errors
@@ -34,34 +34,8 @@ def run_main(*words: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-CHILD = """
-import contextlib, io, json, sys, main
-for words in json.load(sys.stdin):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main.main(["main.py", *words])
-        except BaseException as error:
-            code = repr(error)
-    print(json.dumps([code, out.getvalue(), err.getvalue(), "jax" in sys.modules]), flush=True)
-"""
-
-
-def ask_main(asked: list[list[str]]) -> list[tuple[int | str, str, str, bool]]:
-    """Exit code (or exception), output, errors, and whether JAX is imported: of command lines in one process."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env=os.environ | NOWHERE,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
-    assert len(answers) == len(asked)
-    return answers
+def ask_main(asked: list[list[str]]) -> list[runs.Answer]:
+    return runs.ask(asked, **NOWHERE)
 
 
 # What is refused before a device is touched: how each line of the error begins. One line for each problem.
@@ -318,7 +292,7 @@ OWN = {
     "doctor": {"--folder", "--need-gb", "--dev"},
     "data": {"--out", "--sample", "--html"},
     "prepare": {"--train-tokenizer", "--workers"},
-    "eval": {"--split", "--step"},
+    "eval": {"--split", "--step", "--metrics"},
     "generate": {
         *("--prompt", "--prompt-file", "--tokens", "--temperature", "--top-k", "--top-p", "--step", "--seed"),
     },

@@ -375,7 +375,10 @@ MISTAKES = {
         ("precision.compute=fp16", "precision.compute=fp16 must be one of auto, float32, bfloat16."),
     ],
     "PythonDocs": [
-        ("data=Wikipedia", "data=Wikipedia must be one of PythonDocs, TextFiles, MegatronShards, Blend."),
+        (
+            "data=Wikipedia",
+            "data=Wikipedia must be one of PythonDocs, TextFiles, TfdsText, SeqioTask, MegatronShards, Blend.",
+        ),
         ("data.validation_fraction=2", "data.validation_fraction=2.0 must lie strictly between 0 and 1; try 0.05."),
     ],
     "MegatronShards": [
@@ -398,7 +401,8 @@ MISTAKES = {
         ("data=TextFiles", "data=TextFiles needs data.paths=... too."),
         (
             "data=textfiles",
-            "data=textfiles must be one of PythonDocs, TextFiles, MegatronShards, Blend; did you mean TextFiles?",
+            "data=textfiles must be one of PythonDocs, TextFiles, TfdsText, SeqioTask, MegatronShards, Blend; did you "
+            "mean TextFiles?",
         ),
         ("data.paths=texts", "data.paths: PythonDocs has no field 'paths'; TextFiles has it: add data=TextFiles."),
         (
@@ -624,7 +628,7 @@ FILE_MISTAKES = [
     ),
     (
         ("steps=3", "steps=3, layout=Layout(rows=(Row(dimension='haeds'),))"),
-        "names no dimension 'haeds'; legal: batch, ",
+        "names no dimension 'haeds'; legal: answer, batch, ",
     ),
     (
         ("steps=3", "steps=3, layout=Layout(zero=2, rows=(Row(dimension='heads'), Row(dimension='heads')))"),
@@ -1185,7 +1189,7 @@ def test_types_that_a_file_can_get_wrong():
     assert schema.expected(schema.fields(Config)["model"].annotation) == f"a {Transformer.__name__}"
     assert (
         schema.expected(schema.fields(Config)["data"].annotation)
-        == "one of PythonDocs, TextFiles, MegatronShards, Blend"
+        == "one of PythonDocs, TextFiles, TfdsText, SeqioTask, MegatronShards, Blend"
     )
     assert schema.expected(schema.fields(Config)["checkpoints"].annotation) == "a Checkpoints or None"
     assert schema.show(AdamW(b1=0.5)) == "AdamW(b1=0.5)"

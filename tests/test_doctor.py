@@ -116,8 +116,13 @@ def test_a_stale_xla_flag_among_good_ones(doctor: Doctor):
     ("flags", "said", "fix"),
     [
         ("--xla_cpu_enable_fastmath=true", "(nearest: --xla_cpu_enable_fast_math)", "unset XLA_FLAGS"),
-        ("--xla_cpu_enable_fast_math=maybe", "jaxlib cannot read its value", "unset XLA_FLAGS"),
-        ("--xla_tpu_x=1", "belongs in LIBTPU_INIT_ARGS", "unset XLA_FLAGS"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("--xla_cpu_enable_fast_math=maybe", "jaxlib cannot read its value", "unset XLA_FLAGS"),
+                ("--xla_tpu_x=1", "belongs in LIBTPU_INIT_ARGS", "unset XLA_FLAGS"),
+            )
+        ),
         ("xla_gpu_autotune_level=4", "has no -- before it", "export XLA_FLAGS='--xla_gpu_autotune_level=4'"),
     ],
 )
@@ -291,7 +296,7 @@ def test_a_full_disk(doctor: Doctor):
     check_found(doctor.run("--need-gb", "1e9"), "free disk", "WARN", "a run needs 1e+09", "workdir=FOLDER")
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o702])
+@pytest.mark.parametrize("mode", [0o770, pytest.param(0o702, marks=pytest.mark.slow)])
 def test_a_compile_cache_that_others_can_write(doctor: Doctor, mode: int):
     cache = doctor.home / "cache" / "mtx" / "compile"
     cache.mkdir(parents=True)

@@ -53,6 +53,7 @@ LAZY = (
     "tensorflow",
     "torch",
     "seqio",
+    "tensorflow_datasets",
     "grain",
     "orbax",
     "tensorboardX",

@@ -200,7 +200,7 @@ def test_sentence_pairs_are_of_one_document_or_of_two_half_and_half() -> None:
     loader = Loader(corpus=corpus(documents), sequence_length=64, objective=SentencePairs(), seed=2).check()
     samples = 20 * loader.epoch_samples[""]
     batch = loader.train(range(samples))
-    labels, frame = batch["label"], loader.frame
+    labels, frame = batch["label"][:, 0], loader.frame
     assert abs(labels.sum() - samples / 2) < 5 * math.sqrt(samples) / 2
     for row in range(100):
         real = int((batch["segments"][row] > 0).sum())

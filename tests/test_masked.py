@@ -92,7 +92,7 @@ def test_half_of_the_pairs_do_not_follow(negative: str) -> None:
         assert all(len(set(home)) == 1 for home in homes) and all(
             np.diff(part).tolist() == [1] * (len(part) - 1) for part in (a, b)
         )
-        follows, label = b[0] == a[-1] + 1, int(row["label"])
+        follows, label = b[0] == a[-1] + 1, int(row["label"][0])
         assert follows == (label == 0) and homes[0][0] == 2
         assert (homes[1][0] == 2) == (label == 0 or negative == "swapped")
         labels[label, homes[1][0]] += 1

@@ -1,5 +1,8 @@
 """Masks: what is lowered for kernels says what the definition says, for any expression, packing and shape."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from pallas_kernels.masks import (
     misfit,
 )
 from pallas_kernels.patterns import BigBird, Chosen, Fixed, LocalGlobal, Longformer, Pattern, Strided
-from pallas_kernels.visible import FULL, MOST_TERMS, Visible
+from pallas_kernels.visible import FULL, MOST_TERMS, Ranges, Tiles, Visible
 
 PATTERNS = [
     Fixed(block=4, stride=2),
@@ -62,10 +65,38 @@ def bound(mask: Mask, T: int, S: int, explicit: bool, random: np.random.Generato
     return bind(mask, T, S, segments=jnp.asarray(segments), **given)
 
 
-def spelled_out(mask: BoundMask) -> np.ndarray:
-    dense = mask.dense()
+SHOWN = ((3, 5), (8, 16))
+"""Tiles of any size, unlike a pattern's."""
+
+
+class Asked(NamedTuple):
+    """What kernels ask of a mask, and its definition."""
+
+    defined: np.ndarray
+    visible: Visible
+    dense: np.ndarray
+    seen_keys: np.ndarray
+    tiles: Tiles
+    tiles_by_key: Tiles
+    shown: list[np.ndarray]
+    ranges: list[Ranges]
+
+
+@jax.jit
+def ask(mask: BoundMask) -> Asked:
+    """In one program, as kernels do."""
+    visible, dense = mask.visible(), mask.dense()
     shape = (2, mask.queries, mask.keys)
-    return np.ones(shape, bool) if dense is None else np.broadcast_to(dense, shape)
+    return Asked(
+        defined=jnp.ones(shape, bool) if dense is None else jnp.broadcast_to(dense, shape),
+        visible=visible,
+        dense=jnp.broadcast_to(visible.dense(), shape),
+        seen_keys=jnp.broadcast_to(visible.seen_keys(), (2, mask.keys)),
+        tiles=visible.tiles(4, 2),
+        tiles_by_key=visible.tiles_by_key(2, 4),
+        shown=[visible.shown(*tiles) for tiles in SHOWN],
+        ranges=[visible.ranges(4, 2), visible.ranges_by_key(4, 2)] if visible.is_interval else [],
+    )
 
 
 CASES = {
@@ -77,22 +108,23 @@ CASES = {
 }
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=24, deadline=None, derandomize=True, database=None)
 @given(**CASES)
 def test_lowered_is_as_defined(mask, T, S, explicit, seed):
     one = bound(mask, T, S or T, explicit, np.random.default_rng(seed))
-    dense, visible = spelled_out(one), one.visible()
-    np.testing.assert_array_equal(np.broadcast_to(visible.dense(), dense.shape), dense)
-    check_by_key(visible)
-    check_tiles(visible, dense)
-    check_shown(visible, dense)
-    if visible.is_interval:
-        check_ranges(visible, dense)
+    found = jax.device_get(ask(one))
+    dense = found.defined
+    np.testing.assert_array_equal(found.dense, dense)
+    check_by_key(found.visible)
+    check_tiles(found, dense)
+    check_shown(found, dense)
+    if found.visible.is_interval:
+        check_ranges(found, dense)
     if not one.unseen_keys():
         assert dense.any(axis=1).all()
     if not one.may_be_blind():
         assert dense.any(axis=2).all()
-    np.testing.assert_array_equal(np.broadcast_to(visible.seen_keys(), dense[:, 0].shape), dense.any(axis=1))
+    np.testing.assert_array_equal(found.seen_keys, dense.any(axis=1))
 
 
 def check_by_key(visible: Visible) -> None:
@@ -105,12 +137,9 @@ def check_by_key(visible: Visible) -> None:
         assert (np.diff(end, axis=-1) >= 0).all()
 
 
-def check_tiles(visible: Visible, dense: np.ndarray) -> None:
+def check_tiles(found: Asked, dense: np.ndarray) -> None:
     tile, other = 4, 2
-    for index, code, count, seen in (
-        (*visible.tiles(tile, other), dense),
-        (*visible.tiles_by_key(other, tile), dense.swapaxes(1, 2)),
-    ):
+    for (index, code, count), seen in ((found.tiles, dense), (found.tiles_by_key, dense.swapaxes(1, 2))):
         for b, q in np.ndindex(2, index.shape[1]):
             row = min(b, index.shape[0] - 1)
             listed = {int(j): int(c) for j, c in zip(index[row, q, : count[row, q]], code[row, q], strict=False)}
@@ -122,20 +151,18 @@ def check_tiles(visible: Visible, dense: np.ndarray) -> None:
                 assert not listed.get(j, 0) & FULL or (part.all() and part.shape == (tile, other)), "not full"
 
 
-def check_shown(visible: Visible, dense: np.ndarray) -> None:
-    """Tiles of any size, unlike a pattern's: no tile that shows something is left out, nor much visited in vain."""
-    for tile, other in ((3, 5), (8, 16)):
-        shown, seen = np.asarray(visible.shown(tile, other)), np.any(dense, axis=0)
+def check_shown(found: Asked, dense: np.ndarray) -> None:
+    """No tile that shows something is left out, nor much visited in vain."""
+    for (tile, other), shown in zip(SHOWN, found.shown, strict=True):
+        seen = np.any(dense, axis=0)
         for q, j in np.ndindex(*shown.shape):
             assert shown[q, j] or not seen[q * tile : (q + 1) * tile, j * other : (j + 1) * other].any()
         assert shown.any() or not seen.any()
 
 
-def check_ranges(visible: Visible, dense: np.ndarray) -> None:
-    for ranges, seen, tile, other in (
-        (visible.ranges(4, 2), dense, 4, 2),
-        (visible.ranges_by_key(4, 2), dense.swapaxes(1, 2), 2, 4),
-    ):
+def check_ranges(found: Asked, dense: np.ndarray) -> None:
+    by_query, by_key = found.ranges
+    for ranges, seen, tile, other in ((by_query, dense, 4, 2), (by_key, dense.swapaxes(1, 2), 2, 4)):
         for b, q in np.ndindex(2, ranges.start.shape[1]):
             start, full_start, full_stop, stop = (int(x[min(b, x.shape[0] - 1), q]) for x in ranges)
             assert start <= full_start <= full_stop <= stop

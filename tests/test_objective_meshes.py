@@ -7,15 +7,17 @@ import jax
 import numpy as np
 import pytest
 import toys
+from corpora import corpus
 
-from data import CausalLm, Loader, MaskedLm, PrefixLm, PythonDocs, SpanCorruption
+from data import CausalLm, MaskedLm, PrefixLm, PythonDocs, SentencePairs, SpanCorruption
 from mtx import config as configs
 from mtx.model import flatten
 from mtx.pipeline import OneFOneB
 from mtx.spmd import Compiled
 from mtx.train.build import build
 
-MODELS = {"prefix": toys.LLAMA, "both": dataclasses.replace(toys.GPT, causal=False)}
+BOTH = dataclasses.replace(toys.GPT, causal=False)
+MODELS = {"prefix": toys.LLAMA, "both": BOTH, "pairs": dataclasses.replace(BOTH, pairs=True)}
 BOUND = 1e-5
 CASES = [
     ("prefix", (1, 2, 4), {"sequence_parallel": True, "zero": 2}),
@@ -23,6 +25,9 @@ CASES = [
     ("prefix", (1, 2, 2), {"stages": 2, "zero": 1, "schedule": OneFOneB()}),
     ("both", (1, 4, 2), {"zero": 3}),
     ("both", (1, 2, 2), {"stages": 2}),
+    ("pairs", (1, 2, 4), {"sequence_parallel": True, "zero": 3}),
+    ("pairs", (2, 2, 2), {"sequence_parallel": True, "partition": Compiled()}),
+    ("pairs", (1, 2, 2), {"stages": 2, "zero": 2}),
 ]
 
 
@@ -40,7 +45,11 @@ def rows() -> dict[str, np.ndarray]:
 
 
 def batch(sees: str) -> dict[str, np.ndarray]:
-    return rows() if sees == "prefix" else toys.batch()
+    if sees != "pairs":
+        return rows() if sees == "prefix" else toys.batch()
+    arrays = toys.batch()
+    label = np.random.default_rng(6).integers(0, 2, (len(arrays["tokens"]), 1), np.int32)
+    return arrays | {"types": arrays["segments"] % 2, "label": np.broadcast_to(label, arrays["tokens"].shape)}
 
 
 @functools.cache
@@ -77,21 +86,24 @@ def test_a_prefix_is_seen_and_nothing_else_is():
         {"objective": MaskedLm()},
         {"objective": SpanCorruption()},
         {"objective": CausalLm()},
+        {"objective": SentencePairs()},
     ],
     ids=lambda words: type(words["objective"]).__name__,
 )
 def test_a_config_s_rows_fit_its_program(words: dict):
     """What the loader makes is what the program reads: one loss through the public parts, on eight devices."""
     quick = configs.load("configs/quickstart.py").config
-    causal = not isinstance(words["objective"], MaskedLm)
+    pairs = isinstance(words["objective"], SentencePairs)
+    causal = not isinstance(words["objective"], MaskedLm | SentencePairs)
     config = dataclasses.replace(
         quick,
-        model=dataclasses.replace(quick.model, vocab_size=300, layers=1, causal=causal),
+        model=dataclasses.replace(quick.model, vocab_size=300, layers=1, causal=causal, pairs=pairs),
         mesh=dataclasses.replace(quick.mesh, data=4, model=2),
         **words,
     )
     configs.check(config, 8)
-    loader = Loader(corpus=PythonDocs().load(), sequence_length=128, objective=config.objective)
+    sentences = corpus([[b"One sentence. ", b"Another. ", b"The third of them. "] for _ in range(40)])
+    loader = configs.loader(config, sentences if pairs else PythonDocs().load())
     p = build(config, jax.devices())
     placed = p.place({name: x[None] for name, x in loader.train(range(8)).items()}, p.batch_spec)
     expected = p.abstract_batch(1, 8, 128)
@@ -99,5 +111,5 @@ def test_a_config_s_rows_fit_its_program(words: dict):
     state = p.init(0)
     with jax.set_mesh(p.mesh):
         nats, labels = jax.jit(p.eval_sums)(state.params, placed)
-    assert 4 < nats / labels < 7 and labels == placed.weights.sum()
+    assert 4 < nats / labels < 8 and labels == placed.weights.sum()
     assert all(np.isfinite(x).all() for x in flatten(state.params).values())

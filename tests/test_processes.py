@@ -10,7 +10,7 @@ pytestmark = pytest.mark.multiprocess
 
 MESH = [
     *("mesh.data=4", "mesh.model=2", "layout.zero=2", "layout.sequence_parallel=true", "batch.global_size=16"),
-    *("batch.micro_size=2", "model.layers=2"),
+    *("batch.micro_size=2", "sample_tokens=8"),
 ]
 
 

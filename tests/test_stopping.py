@@ -30,7 +30,7 @@ def check_same(workdir: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
     ids=lambda number: number.name,
 )
 def test_a_signal_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path, number: signal.Signals):
@@ -77,16 +77,17 @@ def test_a_signal_while_a_save_is_under_way(whole: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_stop_within_an_evaluation_repeats_it(tmp_path: Path, whole: Path):
-    child = runs.begin(tmp_path, "eval_sequences=0", "eval_every=3", "steps=6", "checkpoints.every_steps=0")
+    words = ["data=PythonDocs", "eval_sequences=0", "eval_every=3", "steps=6", "checkpoints.every_steps=0"]
+    child = runs.begin(tmp_path, *words)
     runs.at_step(tmp_path, child, 3)  # step 3's row is written, its evaluation of hundreds of batches follows
     runs.stop(child, signal.SIGTERM)
     runs.end(child, 75)
     assert [row["step"] for row in runs.rows(tmp_path)] == [1, 2, 3], "the evaluation did not come to its end"
-    child = runs.begin(tmp_path, "eval_sequences=0", "eval_every=3", "steps=6", "checkpoints.every_steps=0")
+    child = runs.begin(tmp_path, *words)
     runs.at_step(tmp_path, child, 4)
     runs.stop(child, signal.SIGKILL)  # the evaluation is written, and the checkpoint does not know
     runs.end(child, [-signal.SIGKILL])
-    runs.train(tmp_path, "eval_sequences=0", "eval_every=3", "steps=6", "checkpoints.every_steps=0")
+    runs.train(tmp_path, *words)
     found = runs.rows(tmp_path)
     assert [(row["step"], "val/loss" in row) for row in found] == [
         *((1, False), (2, False), (3, False), (3, True), (4, False), (5, False), (6, False), (6, True)),

@@ -41,7 +41,7 @@ def test_console(one_device: tuple[str, Path]):
     assert "mesh        one device" in text
     assert "precision   compute float32" in text
     assert "batch       256 tokens: 8 x 32 in 1 microbatch" in text
-    assert "length      6 steps, 1,536 tokens, 0.00 epochs" in text
+    assert "length      6 steps, 1,536 tokens, 0.01 epochs" in text
     assert "ends/token_VD" in text
     lines = [line for line in text.splitlines() if line.startswith("step") and "tokens/s" in line]
     assert [line.split()[1] for line in lines] == ["1/6", "2/6", "4/6", "6/6"]
@@ -111,9 +111,10 @@ def test_eight_devices_see_the_same_losses(one_device: tuple[str, Path], tmp_pat
 
 
 def test_lengths_in_tokens_and_epochs(tmp_path: Path):
-    runs.train(tmp_path / "tokens", "steps=None", "tokens=700", "--devices", "1", "eval_every=0")
+    words = ["steps=None", "eval_every=0", "--devices", "1"]
+    runs.train(tmp_path / "tokens", *words, "tokens=700")
     assert [row["step"] for row in runs.rows(tmp_path / "tokens")] == [1, 2, 3, 3]
-    text = runs.train(tmp_path / "epochs", "steps=None", "epochs=1e-4", "--devices", "1", "eval_every=0")
+    text = runs.train(tmp_path / "epochs", *words, "data=PythonDocs", "epochs=1e-4")
     assert "0.00 epochs" in text
     assert [row["step"] for row in runs.rows(tmp_path / "epochs")] == [1, 1]
 
@@ -131,27 +132,34 @@ def test_own_text_is_prepared_trained_on_and_continued(tmp_path: Path):
     assert (tmp_path / "shards/manifest.json").exists()
     assert "data: preparing" not in runs.train(workdir, *data, "--devices", "1", "steps=5")
 
-    def verb(*words: str) -> str:
-        child = subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr
-        return child.stdout
-
-    found = json.loads(verb("eval", str(workdir)))
+    run, eight = str(workdir), ["--devices", "8"]
+    greedy = ["generate", run, "--prompt", "Line 7", "--tokens", "9", "--temperature", "0"]
+    answers = runs.ask(
+        [
+            ["eval", run],
+            ["eval", run, "eval_sequences=64"],
+            ["eval", run, "--split", "test"],
+            ["eval", run, *eight, "mesh.data=2", "mesh.model=4"],
+            greedy,
+            [*greedy, *eight, "mesh.model=8"],
+        ]
+    )
+    assert [answer.code for answer in answers] == [0] * 6, answers
+    found, whole, tested, split = (json.loads(answer.out) for answer in answers[:4])
     (last,) = [row for row in runs.rows(workdir) if row["step"] == 5 and "val/loss" in row]
-    whole = json.loads(verb("eval", str(workdir), "eval_sequences=64"))
     assert whole["loss"] == pytest.approx(last["val/loss"], rel=1e-6)
     assert whole["bits_per_byte"] == pytest.approx(last["val/bits_per_byte"], rel=1e-6)
     assert found["step"] == 5
-    assert json.loads(verb("eval", str(workdir), "--split", "test"))["split"] == "test"
-    eight = json.loads(verb("eval", str(workdir), "--devices", "8", "mesh.data=2", "mesh.model=4"))
-    assert eight["loss"] == pytest.approx(found["loss"], rel=1e-6)
-    greedy = ["generate", str(workdir), "--prompt", "Line 7", "--tokens", "9", "--temperature", "0"]
-    assert verb(*greedy).startswith("Line 7")
-    assert verb(*greedy) == verb(*greedy, "--devices", "8", "mesh.model=8")
+    assert tested["split"] == "test"
+    assert split["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    assert answers[4].out.startswith("Line 7")
+    assert answers[4].out == answers[5].out
 
     (tmp_path / "book.txt").write_text(text.replace("ducks", "swans"))
     shutil.rmtree(tmp_path / "shards")
-    verb("prepare", "--config", "configs/quickstart.py", *data)
+    subprocess.run(
+        [sys.executable, "main.py", "prepare", "--config", "configs/quickstart.py", *data], cwd=ROOT, check=True
+    )
     child = subprocess.run([sys.executable, "main.py", *greedy], cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 65, "tokens would mean other text"
     assert "is not the one that" in child.stderr

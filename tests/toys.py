@@ -1,6 +1,7 @@
 """Small models, meshes and batches that the tests of many modules share."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -173,11 +174,15 @@ def state_of(p: Program, params: dict) -> TrainState:
     )
 
 
+@functools.cache
+def _initial(model: Transformer) -> dict:
+    return jax.tree.map(np.asarray, program(model).init(0).params)
+
+
 def weights_of(model: Transformer) -> dict:
-    """Host arrays of one initialisation, with biases and gains moved off their special values."""
-    params = jax.tree.map(np.asarray, program(model).init(0).params)
+    """Host arrays of one initialisation, with biases and gains moved off their special values; the caller's own."""
     random = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + 0.02 * random.standard_normal(x.shape).astype(np.float32), params)
+    return jax.tree.map(lambda x: x + 0.02 * random.standard_normal(x.shape).astype(np.float32), _initial(model))
 
 
 def gradients(

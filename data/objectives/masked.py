@@ -170,7 +170,7 @@ class SentencePairs(Objective):
         elif label:
             b = _of_another(documents, chunk.document, target - sum(map(len, a)), other, start)
         a, b = truncated(np.concatenate(a), np.concatenate(b), most, draws)
-        return self._framed(a, b, frame, draws) | {"label": np.array(label, np.int32)}
+        return self._framed(a, b, frame, draws) | {"label": np.full(frame.sequence_length, label, np.int32)}
 
     def _framed(self, a: np.ndarray, b: np.ndarray, frame: Frame, draws: Draws) -> Row:
         cls, sep = ([frame.special(name)] for name in ("cls", "sep"))

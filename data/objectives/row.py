@@ -14,7 +14,7 @@ Row = dict[str, np.ndarray]
 """`tokens`, `targets`, `segments`, `positions`: int32 [T]; `weights`: float32 [T].
 
 With prefixes also `prefix`, int32 [T]: where in the row the query's prefix ends. It never decreases along the row.
-With sentence pairs also `types`, int32 [T], and `label`, int32 [].
+With sentence pairs also `types` and `label`, int32 [T]; the label is the same everywhere.
 """
 
 

@@ -36,6 +36,9 @@ class JsonTokenizer:
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f"is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}") from error
         self._tokenizer.encode_special_tokens = True  # as plain text
+        model = parsed["model"]
+        self.within: str | None = model.get("continuing_subword_prefix") if model.get("type") == "WordPiece" else None
+        """What pieces inside a word begin with, in WordPiece vocabularies."""
         added: list[dict[str, Any]] = parsed["added_tokens"]
         self._special = {str(token["content"]): int(token["id"]) for token in added if token["special"]}
         unknown = parsed["model"].get("unk_token")

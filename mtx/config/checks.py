@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from data import BestFit, CausalLm, SentencePairs, WindowObjective, lacking
+from data import BestFit, CausalLm, FillInTheMiddle, MaskedLm, SentencePairs, WindowObjective, lacking
 from mtx import attention
 from mtx.config import schema
 from mtx.config.overrides import raise_all, sentence
@@ -266,20 +266,33 @@ def _attention(case: _Case) -> Iterator[str]:
         )
 
 
+def _pairs(case: _Case) -> Iterator[str]:
+    objective, pairs = case.config.objective, case.config.model.pairs
+    if isinstance(objective, SentencePairs) and not pairs:
+        yield "objective=SentencePairs needs a head for pairs, and model.pairs=false; try model.pairs=true."
+    if pairs and not isinstance(objective, SentencePairs):
+        name = type(objective).__name__
+        yield f"model.pairs=true reads pairs, and objective={name} makes none; try model.pairs=false."
+
+
 def _rows(case: _Case) -> Iterator[str]:
     config = case.config
     name, length = type(config.objective).__name__, config.batch.sequence_length
     if isinstance(config.packing, BestFit) and not isinstance(config.objective, CausalLm):
         yield f"packing=BestFit goes with objective=CausalLm, not {name}; try packing=Concatenate."
-    if isinstance(config.objective, SentencePairs):
-        yield "objective=SentencePairs makes pairs and labels, and no model here has a head for them; try MaskedLm."
     try:
         config.objective.sentinels(length)
         if isinstance(config.objective, WindowObjective):
             config.objective.window_length(length)
     except ValueError as error:
         yield str(error)
-    if (warmup := config.length_warmup) is not None and warmup.lengths[-1] != length:
+    warmup = config.length_warmup
+    if warmup is not None and not isinstance(config.objective, CausalLm | MaskedLm | FillInTheMiddle):
+        yield (
+            f"length_warmup cuts off the ends of rows, which is where the targets of objective={name} are; try "
+            "length_warmup=None."
+        )
+    if warmup is not None and warmup.lengths[-1] != length:
         yield (
             f"length_warmup.lengths ends at {warmup.lengths[-1]}, and batch.sequence_length={length}; the last must be "
             f"the whole row: try batch.sequence_length={warmup.lengths[-1]}."
@@ -357,6 +370,7 @@ _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...]
     (("batch", "model"), _positions),
     (("batch", "model"), _pattern),
     (("objective", "model"), _attention),
+    (("objective", "model"), _pairs),
     (("objective", "packing", "curriculum", "batch", "length_warmup"), _rows),
     (("data", "model", "objective", "batch"), _vocabulary),
     (("model", "mesh", "layout"), _tensor_parallel),

@@ -16,11 +16,15 @@ from data import (
     Concatenate,
     Curriculum,
     LengthWarmup,
+    LiveLoader,
+    LiveText,
     Loader,
     MegatronShards,
     PythonDocs,
+    SeqioTask,
     Text,
     TextFiles,
+    TfdsText,
 )
 from mtx.checkpoint import Checkpoints
 from mtx.errors import Problem
@@ -61,7 +65,7 @@ class Config:
 
     model: Transformer
     """The network."""
-    data: PythonDocs | TextFiles | MegatronShards | Blend
+    data: PythonDocs | TextFiles | TfdsText | SeqioTask | MegatronShards | Blend
     """Where tokens come from."""
     batch: BatchConfig
     """How many tokens a step sees."""
@@ -157,7 +161,12 @@ LENGTHS = ("steps", "tokens", "epochs")
 
 def loader(config: Config, corpus: Text) -> Loader:
     """The rows that a config trains on. Raises: ValueError if the text has none."""
-    return Loader(
+    live = isinstance(corpus, LiveText)
+    if live and config.epochs is not None:
+        raise ValueError(
+            f"epochs={config.epochs}: nobody counted a live reader's epoch; say steps= or tokens= instead."
+        )
+    return (LiveLoader if live else Loader)(
         corpus=corpus,
         sequence_length=config.batch.sequence_length,
         objective=config.objective,
@@ -177,7 +186,11 @@ def mask_of(config: Config) -> Mask:
 
 
 def total_steps(
-    config: Config, samples_per_epoch: Callable[[], int], done_steps: int = 0, done_samples: int = 0
+    config: Config,
+    samples_per_epoch: Callable[[], int],
+    done_steps: int = 0,
+    done_samples: int = 0,
+    done_tokens: int = 0,
 ) -> int:
     """Optimizer steps of a checked config, of which some are done, maybe with another batch size.
 
@@ -186,10 +199,12 @@ def total_steps(
     if config.steps is not None:
         return config.steps
     if config.tokens is not None and (warmup := config.length_warmup) is not None:
-        steps = bisect.bisect_left(
-            range(config.tokens + 1), config.tokens, key=lambda n: warmup.tokens(n, config.batch.global_size)[0]
+        size, rest = config.batch.global_size, config.tokens - done_tokens
+        before = warmup.tokens(done_steps, size)[0]
+        more = range(max(rest, 0) + 1)
+        return done_steps + bisect.bisect_left(
+            more, rest, key=lambda steps: warmup.tokens(done_steps + steps, size)[0] - before
         )
-        return max(steps, done_steps)
     if config.tokens is not None:
         samples = Fraction(config.tokens, config.batch.sequence_length)
     else:

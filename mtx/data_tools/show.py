@@ -34,7 +34,8 @@ def lines(config: Config, loader: Loader, sample: int) -> Iterator[str]:
         raise ValueError(f"there is no sample {sample}: every source has reached its max_epochs at {loader.blend.end}.")
     origin, batch = loader.origin(sample), loader.train([sample])
     source = f"source {origin.source}, " if origin.source else ""
-    yield f"sample {sample}: {source}row {origin.row:,}, after {origin.epoch:,} epochs of its source"
+    epochs = "" if origin.epoch is None else f", after {origin.epoch:,} epochs of its source"
+    yield f"sample {sample}: {source}row {origin.row:,}{epochs}"
     yield from _documents(config, loader, origin)
     real, learned = int((batch["segments"] > 0).sum()), int((batch["weights"] > 0).sum())
     yield f"{real:,} tokens, {learned:,} targets that weigh; as the model reads them:"
@@ -64,7 +65,7 @@ def _documents(config: Config, loader: Loader, origin: Origin) -> Iterator[str]:
 
 def text(loader: Loader, tokens_T: np.ndarray) -> str:
     """Tokens as text, special ones by their names."""
-    names = loader.frame.specials.names() | {loader.frame.end_of_document: "end"}
+    names = {loader.frame.end_of_document: "end"} | loader.frame.specials.names()
     parts: list[str] = []
     plain: list[int] = []
     for token in tokens_T.tolist():

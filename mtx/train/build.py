@@ -110,8 +110,10 @@ def mesh_text(program: Program) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "one device"
 
 
-def banner(config: Config, program: Program, loader: Loader, workdir: Path, steps: int, verbose: bool) -> str:
-    """What is about to run, in the words of the config."""
+def banner(
+    config: Config, program: Program, loader: Loader, workdir: Path, steps: int, samples: int, verbose: bool
+) -> str:
+    """What is about to run, in the words of the config. `samples`: of the whole run, what is done of it included."""
     device = program.mesh.devices.flat[0]
     dtype, why = program.compute.name, config.precision.resolve(device)[1]
     weights = flatten(program.model.weights)
@@ -130,8 +132,8 @@ def banner(config: Config, program: Program, loader: Loader, workdir: Path, step
             f"in {count} microbatch{'es' if count > 1 else ''}",
             *([f"pipeline    {_pipeline(program, count)}"] if program.stages > 1 else []),
             f"data        {loader.corpus.describe()}",
-            *_rows(config),
-            *_length(config, loader, steps),
+            *_rows(config, loader),
+            *_length(config, loader, steps, samples),
             f"run folder  {workdir} ({_saves(config)})",
             "MFU         "
             + (f"of {peak / 1e12:.0f} TFLOP/s" if peak else f"n/a: no peak is known for {device.device_kind}, {dtype}"),
@@ -140,18 +142,21 @@ def banner(config: Config, program: Program, loader: Loader, workdir: Path, step
     )
 
 
-def _rows(config: Config) -> list[str]:
+def _rows(config: Config, loader: Loader) -> list[str]:
     """How rows are made; nothing, if as usual."""
     parts = [config.objective, config.packing, config.curriculum]
     usual = [type(config).__dataclass_fields__[name].default for name in ("objective", "packing", "curriculum")]
     said = [
         schema.show(part, 200).removesuffix("()") for part, default in zip(parts, usual, strict=True) if part != default
     ]
-    return [f"rows        {', '.join(said)}"] if said else []
+    lines = [f"rows        {', '.join(said)}"] if said else []
+    for name, (left_out, whole) in loader.left_out.items():
+        source = f" of {name}" if name else ""
+        lines.append(f"left out    {left_out:,} of {whole:,} pairs{source} are longer than a row")
+    return lines
 
 
-def _length(config: Config, loader: Loader, steps: int) -> list[str]:
-    samples = steps * config.batch.global_size
+def _length(config: Config, loader: Loader, steps: int, samples: int) -> list[str]:
     tokens, dropped = samples * config.batch.sequence_length, 0
     if config.length_warmup is not None:
         tokens, dropped = config.length_warmup.tokens(steps, config.batch.global_size)
@@ -159,7 +164,8 @@ def _length(config: Config, loader: Loader, steps: int) -> list[str]:
     text = f"length      {steps:,} steps, {tokens:,} tokens"
     text += f" ({dropped:,} more dropped by length_warmup)" if dropped else ""
     if len(epochs) == 1:
-        return [f"{text}, {next(iter(epochs.values())):.2f} epochs"]
+        (epoch,) = epochs.values()
+        return [text if math.isnan(epoch) else f"{text}, {epoch:.2f} epochs"]
     counts = loader.blend.counts(samples)
     shares = [
         f"              {name}: {count:,} samples ({count / max(samples, 1):.2%}), {epochs[name]:.2f} epochs"

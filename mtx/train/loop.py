@@ -51,8 +51,8 @@ class Loop:
         self.state, self.step, self.evaluated = start.state, start.step, start.evaluated
         self.saved = self.step
         """The step of the newest checkpoint."""
-        self.samples = int(self.state.samples)
-        self.arriving: tuple[int, int, dict[str, jax.Array]] | None = None
+        self.samples, self.tokens = int(self.state.samples), int(self.state.tokens)
+        self.arriving: tuple[int, int, int, dict[str, jax.Array]] | None = None
         self.best_val_loss = start.best_val_loss
         self.save_after_evaluation = False
         self.microbatches = configs.microbatches(config, dict(program.mesh.shape))
@@ -82,6 +82,7 @@ class Loop:
                     batch = coming.result()
                 self.state, values = self.step_fn(self.state, batch, count)
                 self.stopping.begun()
+                self.tokens += config.batch.global_size * self.row_tokens(self.step)
                 self.step, self.samples = self.step + 1, self.samples + config.batch.global_size
                 last = self.step == steps
                 if not last:
@@ -89,7 +90,7 @@ class Loop:
                 if last or self.step % config.log_every == 0:
                     values["param_norm"] = self.norm_fn(self.state.params)
                 self.arrived()
-                self.arriving = self.step, self.samples, values
+                self.arriving = self.step, self.samples, self.tokens, values
                 if started:
                     jax.block_until_ready(values)
                     self.console.say(f"compiled and ran the first step in {time.perf_counter() - started:.1f} s")
@@ -114,19 +115,12 @@ class Loop:
         """Positions of the rows of the step after this one."""
         return self.time_T if (warmup := self.config.length_warmup) is None else warmup.length(step)
 
-    def tokens(self, step: int, samples: int) -> int:
-        """Positions that were trained on, up to a step and its samples."""
-        if (warmup := self.config.length_warmup) is None:
-            return samples * self.time_T
-        return warmup.tokens(step, self.config.batch.global_size)[0]
-
     def arrived(self) -> None:
         """Report the step whose metrics are on their way, if there is one."""
         if self.arriving is None:
             return
-        (step, samples, on_device), self.arriving = self.arriving, None
+        (step, samples, tokens, on_device), self.arriving = self.arriving, None
         values = {name: value.item() for name, value in jax.device_get(on_device).items()}
-        tokens = self.tokens(step, samples)
         pace = self.clock.step(self.config.batch.global_size * self.row_tokens(step - 1))
         row = {"step": step, **values, "tokens": tokens, "samples": samples, **self.machine.rates(pace)}
         if (memory := reports.memory(self.program.mesh.local_devices)) is not None:
@@ -242,7 +236,7 @@ class Loop:
             self.program,
             self.loader.corpus,
             samples=self.samples,
-            tokens=self.tokens(self.step, self.samples),
+            tokens=self.tokens,
             evaluated=self.evaluated,
             best_val_loss=self.best_val_loss,
         )

@@ -107,12 +107,13 @@ def _run(
         begin = saved.start(loaded, program, loader, store, accept_changes)
         # Another batch size than before needs another number of steps for the rest.
         done = int(begin.state.samples)
-        steps = configs.total_steps(config, lambda: samples, begin.step, done)
-        refuse_too_long(loader, done + (steps - begin.step) * config.batch.global_size)
+        steps = configs.total_steps(config, lambda: samples, begin.step, done, int(begin.state.tokens))
+        whole = done + (steps - begin.step) * config.batch.global_size
+        refuse_too_long(loader, whole)
         program = dataclasses.replace(program, steps=steps)
         if first:
             configs.write_run_folder(loaded, workdir, argv)
-        console.say(banner(config, program, loader, workdir, steps, verbose))
+        console.say(banner(config, program, loader, workdir, steps, whole, verbose))
         metrics = enter(Metrics(workdir if first else None, begin.step, config.reporting, configs.dump(config)))
         rule = config.checkpoints
         enter(each(rule.every_minutes if rule and first else 0, lambda: stopping.ask(SAVE)))

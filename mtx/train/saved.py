@@ -29,7 +29,11 @@ log = logging.getLogger("mtx")
 
 FOLDER = "checkpoints"
 EARLIER = "earlier"
-FREE = ("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths")
+FREE = (
+    *("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths"),
+    *("data.train", "data.validation", "data.test", "data.tokenizer.path", "data.tokenizer.folder"),
+    *("data.data_dir", "data.download", "data.silence_s"),
+)
 """Fields below `MEANING` that change how things are computed or where they lie, not what they are."""
 PHASES = "data.phases"
 MEANING = ("model", "data", "objective", "packing", "curriculum", "batch.sequence_length", "seed", "precision.params")
@@ -145,6 +149,8 @@ def refuse_changes(found: Found, config: Config, corpus: Text, accept_changes: b
             )
     later = _only_later_phases(about, config)
     wrong = [f"{path}: {old} -> {new}" for path, old, new in changed if _means(path) and not (later and PHASES in path)]
+    if config.curriculum is not None:  # which samples are easy enough goes by steps of so many samples
+        wrong += [f"{path}: {old} -> {new}" for path, old, new in changed if path == "batch.global_size"]
     weights = any(path.startswith("data.sources[") and path.endswith(".weight") for path, _, _ in changed)
     for name, now in (("data", corpus.digest), ("tokenizer", corpus.tokenizer.digest)):
         if about[name] != now:

@@ -26,8 +26,8 @@ def validate(
 ) -> dict[str, float]:
     """`val/loss`, `val/perplexity` and, where they mean something, `val/bits_per_byte` of a split.
 
-    Of a blend also `val/<source>/loss` and so on; `val/loss` then is the mean by the sources' weights. Bits per byte
-    divide by the bytes of the text, whatever the tokenizer; of `eval_sequences` sequences, by their share of them.
+    Of a blend also `val/<source>/loss` and so on; `val/loss` then is the mean by the last phase's weights. Bits per
+    byte divide by the bytes of the text, whatever the tokenizer; of `eval_sequences` sequences, by their share of them.
     `between` is called before each batch. Raises: DataError if the data have no such split.
     """
     found = loader.held_out(split)
@@ -35,7 +35,7 @@ def validate(
         have = sorted({name for part in loader.corpus.parts.values() for name in part.splits})
         raise DataError(f"the data have no {split} split; they have {', '.join(have)} (data.split).")
     values, losses, weights = {}, [], []
-    for weight, name in zip(loader.blend.weights[0], loader.corpus.parts, strict=True):
+    for weight, name in zip(loader.corpus.weights, loader.corpus.parts, strict=True):
         if name not in found:
             continue
         rows, source = found[name]
