@@ -62,12 +62,10 @@ class Workers:
         while waiting or busy:
             for pipe in self._free(busy, len(waiting)):
                 busy[pipe], call = waiting.popleft()
-                with self._alive(pipe):
-                    pipe.send(call)
+                self._send(pipe, call)
             ready = set(wait(busy, TICK_S))
             for pipe in [pipe for pipe in busy if pipe in ready]:
-                with self._alive(pipe):
-                    kind, said = pipe.recv()
+                kind, said = self._receive(pipe)
                 if kind == "told":
                     tell(said)
                 elif kind == "raised":
@@ -99,19 +97,25 @@ class Workers:
             process_group=0,  # Ctrl-C is for who waits for them
         )
         theirs.close()
-        with self._alive(ours):
-            ours.send(sys.path)
+        self._send(ours, sys.path)
 
-    @contextlib.contextmanager
-    def _alive(self, pipe: Connection) -> Iterator[None]:
-        """Raises: ValueError if the worker at the other end is not."""
+    def _send(self, pipe: Connection, content: Any) -> None:
         try:
-            yield
+            pipe.send(content)
+        except ConnectionError as error:
+            raise self._dead(pipe) from error
+
+    def _receive(self, pipe: Connection) -> Any:
+        try:
+            return pipe.recv()
         except (EOFError, ConnectionError) as error:
-            code = self._processes[pipe].wait()
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            memory = "; was the memory short? Fewer need less: --workers 1" if code == -9 else ""
-            raise ValueError(f"a worker process {how}{memory}.") from error
+            raise self._dead(pipe) from error
+
+    def _dead(self, pipe: Connection) -> ValueError:
+        code = self._processes[pipe].wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        memory = "; was the memory short? Fewer need less: --workers 1" if code == -9 else ""
+        return ValueError(f"a worker process {how}{memory}.")
 
 
 def cores() -> int:

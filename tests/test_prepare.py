@@ -149,6 +149,27 @@ def test_the_first_bad_record_is_the_same_for_any_number_of_workers(policy, smal
     assert errors[0] == errors[1]
 
 
+def test_a_file_of_several_units_that_breaks_off_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(Path("text"))
+    rows = [None if i % 100 == 7 else f"{i} {os.urandom(40).hex()}" for i in range(2000)]
+    table = pa.table({"id": range(2000), "text": rows})
+    pq.write_table(table, "text/1.broken.parquet", row_group_size=200, compression="none", use_dictionary=False)
+    raw = bytearray(Path("text/1.broken.parquet").read_bytes())
+    at = raw.index(rows[1000].encode())
+    raw[at - 200 : at] = bytes(200)  # a page and its head
+    Path("text/1.broken.parquet").write_bytes(raw)
+    config = TextFiles(paths="text", split="8,1,1", bad_records=Skip(), folder="whole")
+    config.prepare(lambda line: None)
+    (broken,) = (source for source in config.manifest().sources if source.name.endswith("parquet"))
+    assert broken.bad == {"damaged parquet": 1, "null": 10} and not broken.documents and broken.sha256 is None
+    monkeypatch.setattr("data.prepare.UNIT_BYTES", UNIT)
+    monkeypatch.setattr("data.prepare.ALONE_BYTES", 0)
+    for workers in 1, 3:
+        one = dataclasses.replace(config, folder=str(workers))
+        one.prepare(lambda line: None, workers=workers)
+        assert contents(Path(one.folder)) == contents(Path("whole"))
+
+
 def test_a_worker_that_dies_is_named_and_what_is_finished_stays(small_units: None) -> None:
     every_kind(Path("text"))
     config = TextFiles(paths="text", bad_records=Skip(), cut_text_bytes=500, folder="shards")
@@ -241,6 +262,7 @@ def test_pieces_that_were_finished_are_not_made_again(moment: str, small_units: 
     before, seen = pieces(Path("shards")), {}
 
     def progress(line: str) -> None:
+        assert seen or not list(Path("shards/pieces").glob("*.tmp"))
         seen.update(pieces(Path("shards")))
 
     config.prepare(progress, workers=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import Bpe, Skip
+from data import Bpe, Skip, WordPieceFile
 
 SOURCE = '''
 import dataclasses
@@ -25,6 +25,7 @@ class Counted(Prepared):
     tokens: bool = False
     bad: tuple = ()
     broken: bool = False
+    words: bool = False
     tokenizer: object = Bytes()
     bad_records: Fail | Skip = Fail()
     folder: str | None = None
@@ -53,6 +54,9 @@ class Counted(Prepared):
                 yield [f"document {i}".encode()]
         if self.broken and piece.part.split == "train":
             raise BadFile(Bad(reading.name, "", "gone", "is gone."))
+
+    def sequences(self, document):
+        return list(document[0].partition(b" ")) if self.words else document
 
     def definition(self):
         import heavy
@@ -117,6 +121,15 @@ def test_a_tokenizer_is_learned_from_the_training_split_that_is_known(counted) -
     assert corpus.tokenizer.decode(corpus.splits["validation"].tokens_N).splitlines() == [
         f"document {i}" for i in range(4)
     ]
+
+
+def test_a_sequence_without_tokens_is_none(counted) -> None:
+    """To WordPiece a space is nothing."""
+    Path("vocab.txt").write_text("[UNK]\n[SEP]\ndocument\n" + "".join(f"{i}\n##{i}\n" for i in range(10)))
+    config = counted(words=True, tokenizer=WordPieceFile(path="vocab.txt", lowercase=True))
+    config.prepare(lambda line: None, workers=1)
+    shard = config.manifest().splits["train"]
+    assert (shard.documents, shard.sequences) == (50, 100)
 
 
 def test_bad_records_of_one_pass_are_counted_or_refused(counted) -> None:

@@ -51,6 +51,7 @@ def check(path: Path, limits: Limits, most_bytes: int) -> list[Slice]:
         assert reading.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert sum(counted) == part.bytes
         assert [piece.stop for piece in slices[:-1]] == [piece.start for piece in slices[1:]]
+        assert all(piece.start < (piece.stop or 0) for piece in slices)
         assert slices[-1].stop == part.bytes and sum(piece.bytes or 0 for piece in slices) == part.bytes
     return slices
 

@@ -426,17 +426,6 @@ def test_sentences_are_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert config.load().splits["train"].tokens_N.tolist() == whole.load().splits["train"].tokens_N.tolist()
 
 
-def test_a_sentence_without_tokens_is_no_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To WordPiece control characters are nothing."""
-    monkeypatch.chdir(tmp_path)
-    write_files()
-    Path("a.jsonl").write_text(json.dumps({"text": "The dog sleeps. \x01\x02! The fox."}) + "\n")
-    tokenizer = WordPieceFile(path="vocab.txt", lowercase=True)
-    config = TextFiles(paths="a.jsonl", sentences=True, split="1,0", tokenizer=tokenizer)
-    config.prepare(lambda line: None)
-    assert all(len(part) for (document,) in [megatron(config.prepared_folder(), "train")] for part in document)
-
-
 def test_plain_text_has_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "text")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,3 +113,22 @@ with Workers(2) as workers:
     while any(Path(f"/proc/{number}").exists() for number in numbers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_workers_run_the_same_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that happens to be installed, nor what lies about."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "data", tmp_path / "copy" / "data")
+    (tmp_path / "functools.py").write_text("raise AssertionError")
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "copy")!r})
+import functools
+from data.passes import ask
+from data.workers import Workers
+with Workers(1) as workers:
+    print(workers.one(functools.partial(ask, functools.partial(eval, "__import__('data').__file__"))))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path / 'copy' / 'data' / '__init__.py'}\n", done.stderr
