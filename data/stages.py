@@ -130,7 +130,7 @@ class Meter:
         speed = (count.bytes - self._before) / seconds
         parts = [f"{count.bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB", f"{speed / 1e6:.1f} MB/s"]
         parts += [f"{n:,} {what}" for n, what in ((count.documents, "documents"), (count.tokens, "tokens")) if n]
-        if speed > 0 and not end:
+        if not end and 100 * (count.bytes - self._before) > self._total:  # before, nobody knows
             parts.append(f"{_time((self._total - count.bytes) / speed)} left")
         self._progress(f"{self._verb}  {', '.join(parts)}")
 
