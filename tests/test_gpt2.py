@@ -188,7 +188,7 @@ def test_shards_need_no_files_but_their_copy(
     before = config.load()
     assert before.tokenizer.digest == tokenizer.digest
     assert before.splits["train"].tokens_N.dtype == np.uint16
-    found = [line for split in before.splits.values() for line in before.decode(split.tokens_N).splitlines()]
+    found = [line for split in before.splits.values() for line in before.tokenizer.decode(split.tokens_N).splitlines()]
     assert sorted(found) == sorted(texts)
     shutil.rmtree("gpt2")
     assert not list(config.check()) and config.vocab_size == 50257

@@ -152,7 +152,7 @@ def test_a_learned_vocabulary_makes_shards(tmp_path: Path, monkeypatch: pytest.M
     config = TextFiles(paths="text.txt", tokenizer=WordPiece(vocab_size=500), split="8,1,1", cut_text_bytes=1000)
     config.prepare(lambda line: None)
     corpus = config.load()
-    assert corpus.vocab_size == config.vocab_size == 500
+    assert corpus.tokenizer.vocab_size == config.vocab_size == 500
     for split in corpus.splits.values():
         assert (split.tokens_N == corpus.tokenizer.special("sep")).sum() == split.documents
         assert split.tokens_N[-1] == 3 and not np.isin(split.tokens_N, [0, 2, 4]).any()
