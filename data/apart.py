@@ -46,7 +46,7 @@ class _Process:
 
     def __init__(self) -> None:
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
-        self.path = _path()
+        self.path = path()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._popen = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(self.path), str(os.getpid())],
@@ -117,7 +117,7 @@ def stream(function: str, arguments: Mapping[str, Any], *, silence_s: float, doi
     Raises: ValueError for a ValueError there (Wrong for Wrong), for a process that dies, and for one that is silent for
     `silence_s` seconds, in words that begin with `doing`.
     """
-    if _idle and (_idle[0].path != _path() or not _idle[0].is_alive()):
+    if _idle and (_idle[0].path != path() or not _idle[0].is_alive()):
         rest()
     process = _idle.pop() if _idle else _Process()
     try:
@@ -139,8 +139,10 @@ def rest() -> None:
         _idle.pop().kill()
 
 
-def _path() -> list[str]:
-    return [path or os.getcwd() for path in sys.path]
+def path() -> list[str]:
+    """Where Python looks for modules, and last the folder that one is in, which main.py may lie elsewhere than."""
+    found = [path or os.getcwd() for path in sys.path]
+    return found if os.getcwd() in found else [*found, os.getcwd()]
 
 
 def _item(kind: bytes, content: bytes) -> Item:

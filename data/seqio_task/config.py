@@ -4,9 +4,10 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -367,8 +368,8 @@ def _files(module: str) -> list[Path]:
     """Found without importing anything."""
     top, _, inner = module.partition(".")
     try:
-        spec = find_spec(top)
-    except ValueError:  # a module without one, such as __main__
+        spec = sys.modules[top].__spec__ if top in sys.modules else PathFinder.find_spec(top, apart.path())
+    except AttributeError:  # a module without one
         return []
     if spec is not None and spec.submodule_search_locations:
         return sorted(path for place in spec.submodule_search_locations for path in Path(place).rglob("*.py"))

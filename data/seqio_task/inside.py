@@ -44,6 +44,7 @@ def provider(module: str, name: str) -> Any:
         import seqio
     except ImportError as error:
         raise ValueError("data=SeqioTask needs seqio, which is not installed: pip install 'mtx[seqio]'.") from error
+    sys.path[:] = apart.path()
     _import(module)
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     if name in names:
