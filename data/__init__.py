@@ -8,15 +8,14 @@ numbers of the samples.
 
 from data.blended import Blend, Blended, Phase, Weighted, sources_of
 from data.corpus import Corpus, Split
+from data.curriculum import Curriculum, LengthWarmup
 from data.loader import Loader, Origin, Text
 from data.megatron_shards import MegatronShards
 from data.objectives import (
     AnyObjective,
     CausalLm,
     Completion,
-    Curriculum,
     FillInTheMiddle,
-    LengthWarmup,
     MaskedLm,
     PrefixLm,
     SentencePairs,

@@ -44,9 +44,30 @@ class Split:
         """How many it holds."""
         return len(self.documents_D) - 1
 
+    def sequence_starts(self) -> np.ndarray:
+        """The token at which each sequence starts, and the number of tokens: int64 [S + 1]."""
+        return np.concatenate([[0], np.cumsum(self.lengths_S, dtype=np.int64)])
+
+    def document_starts(self) -> np.ndarray:
+        """The token at which each document starts, and the number of tokens: int64 [documents + 1]."""
+        return self.sequence_starts()[self.documents_D]
+
+
+class OneSource:
+    """What is not blended, as a blend of one."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources."""
+        return (1.0,)
+
+    def order(self, rows: Mapping[str, int]) -> Order:
+        """Which source each sample of training comes from."""
+        return Order((0,), ((1.0,),))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Corpus:
+class Corpus(OneSource):
     """Tokens to train on and to measure with, of one source: `Loader` makes batches of them."""
 
     source: str
@@ -112,15 +133,6 @@ class Corpus:
     def parts(self) -> Mapping[str, "Corpus"]:
         """The sources by name, as a blend has them: this one, without a name."""
         return {"": self}
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Of the sources."""
-        return (1.0,)
-
-    def order(self, rows: Mapping[str, int]) -> Order:
-        """Which source each sample of training comes from."""
-        return Order((0,), ((1.0,),))
 
     def describe(self) -> str:
         """One line for the banner."""

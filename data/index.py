@@ -41,11 +41,6 @@ class Index:
         """The .bin."""
         return self.path.with_suffix(".bin")
 
-    def document_lengths(self) -> np.ndarray:
-        """int64 [documents]: tokens in each document."""
-        ends = np.concatenate([[0], np.cumsum(self.lengths_S, dtype=np.int64)])
-        return np.diff(ends[self.documents_D])
-
     def map_tokens(self) -> np.ndarray:
         """The .bin as a memory map [tokens]."""
         return np.memmap(self.tokens_path, self.dtype, mode="r") if self.tokens else np.empty(0, self.dtype)

@@ -4,6 +4,7 @@ Sample i is a function of (seed, data, objective, packing, sequence length, i): 
 of processes, devices or the size of batches. So all that a run has to keep is how many samples it has consumed.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ import numpy as np
 
 from data.blend import Order
 from data.corpus import Corpus, Split
-from data.objectives import AnyObjective, CausalLm, Curriculum, Frame, MetricFile, Rarity, easiest_first
+from data.curriculum import Curriculum, MetricFile, Rarity, easiest_first
+from data.objectives import AnyObjective, CausalLm, Frame
 from data.order import Shuffled, shuffled
 from data.packing import Batch, BestFit, Concatenate
 from data.rows import Completions, Pick, Rows, Span, rows_of
@@ -80,12 +82,7 @@ class Loader:
 
     def check(self) -> "Loader":
         """Itself. Raises: ValueError if the training text does not fill a row, or the seed is wrong."""
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be an integer >= 0; try seed=0.")
-        if self.sequence_length < 1:
-            raise ValueError(
-                f"batch.sequence_length={self.sequence_length} must be >= 1; try batch.sequence_length=256."
-            )
+        self._check_numbers()
         for name, part in self.corpus.parts.items():
             longest = len(part.splits["train"].tokens_N) - 1
             if self.sequence_length > longest:
@@ -101,6 +98,14 @@ class Loader:
             self._refuse_what_is_never_drawn(self.curriculum)
         return self
 
+    def _check_numbers(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be an integer >= 0; try seed=0.")
+        if self.sequence_length < 1:
+            raise ValueError(
+                f"batch.sequence_length={self.sequence_length} must be >= 1; try batch.sequence_length=256."
+            )
+
     def _refuse_what_is_never_drawn(self, curriculum: Curriculum) -> None:
         for name, (metric_N, _) in self._difficulties.items():
             whose = f" of source {name}" if name else ""
@@ -115,6 +120,14 @@ class Loader:
                     f"curriculum.pacing ends at {last}, and the hardest row{whose} is at {metric_N[-1]:.6g}, which "
                     f"would never be drawn; end at {math.ceil(metric_N[-1])} or more."
                 )
+
+    @cached_property
+    def metric_digest(self) -> str | None:
+        """16 hexadecimal digits of a curriculum's numbers, where they come from a file."""
+        if self.curriculum is None or not isinstance(self.curriculum.metric, MetricFile):
+            return None
+        content = [metric_N.tobytes() + easiest_N.tobytes() for metric_N, easiest_N in self._difficulties.values()]
+        return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
     @cached_property
     def frame(self) -> Frame:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import glob
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -222,14 +223,9 @@ def _documents(whole: Split, start: int, stop: int) -> Split:
     )
 
 
-def _ends(split: Split) -> np.ndarray:
-    """int64 [documents]: behind which token of the stream each ends."""
-    return np.concatenate([[0], np.cumsum(split.lengths_S, dtype=np.int64)])[split.documents_D[1:]]
-
-
 def _checked(split: Split, tokenizer: Tokenizer, whose: str) -> str:
     """A hash of the lengths and of the tokens that are looked at. Raises: ValueError for what cannot be trained on."""
-    ends_D = _ends(split)
+    ends_D = split.document_starts()[1:]
     if not len(split.tokens_N):
         raise ValueError(f"{whose} holds no tokens.")
     blocks = -(-len(split.tokens_N) // BLOCK)
@@ -261,8 +257,7 @@ def _measured(split: Split, tokenizer: Tokenizer) -> tuple[Split, float | None]:
     if len(split.tokens_N) > DECODED_TOKENS:
         return split, None
     yardstick, text_bytes = Gzip(), 0
-    ends_D = _ends(split).tolist()
-    for start, end in zip([0, *ends_D], ends_D, strict=False):
+    for start, end in itertools.pairwise(split.document_starts().tolist()):
         text = tokenizer.decode(split.tokens_N[start : max(end - 1, start)].tolist()).encode(errors="replace")
         yardstick.add(text)
         text_bytes += len(text)

@@ -146,6 +146,8 @@ class Prepared(abc.ABC):
     def folder(self) -> str | None:
         """Where the shards are; None: prepared/ and a hash of what decides what is in them."""
 
+    elsewhere: ClassVar[tuple[str, ...]] = ("folder",)
+    """Fields that decide nothing of what is in the shards."""
     in_workers: ClassVar[bool] = False
     """Whether reading needs packages that the process of `prepare` must not load."""
     most_workers: ClassVar[int | None] = None
@@ -217,7 +219,7 @@ class Prepared(abc.ABC):
 
     def recipe(self) -> dict:
         """What decides the shards, as plain data."""
-        return {name: value for name, value in manifests.plain(self).items() if name != "folder"}
+        return {name: value for name, value in manifests.plain(self).items() if name not in self.elsewhere}
 
     # What all share
 

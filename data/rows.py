@@ -117,7 +117,7 @@ class _Packed:
 
     def __init__(self, split: Split, frame: Frame) -> None:
         self._stream_N, self._frame = split.tokens_N, frame
-        self._starts_D = document_starts(split)
+        self._starts_D = split.document_starts()
         self._rows = pack_documents(np.diff(self._starts_D).tolist(), frame.sequence_length)
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class Completions:
                 "them with data.prompt_key=<key of the prompt>."
             )
         self._stream_N, self._objective, self._frame = split.tokens_N, objective, frame
-        self._starts_S = sequence_starts(split)
+        self._starts_S = split.sequence_starts()
         lengths = split.lengths_S.reshape(-1, 2) - [0, 1]  # the end of document is the row's to add
         self._rows, left_out = objective.pack([(int(a), int(b)) for a, b in lengths], frame.sequence_length)
         self.left_out = len(left_out), len(lengths)
@@ -217,7 +217,7 @@ class _Sentences(Sequence[Sequence[np.ndarray]]):
     """Documents as their sentences' tokens, without ends of documents and empty sentences; read when asked for."""
 
     def __init__(self, split: Split) -> None:
-        self._split, self._starts_S = split, sequence_starts(split)
+        self._split, self._starts_S = split, split.sequence_starts()
         (self._with_text,) = np.nonzero(np.diff(self._starts_S[split.documents_D]) > 1)  # more than their end
 
     def __len__(self) -> int:
@@ -240,13 +240,3 @@ class _Sentences(Sequence[Sequence[np.ndarray]]):
     def span(self, document: int, first: int, end: int) -> Span:
         start = int(self._split.documents_D[self._with_text[document]])
         return Span(int(self._starts_S[start + first]), int(self._starts_S[start + end]))
-
-
-def sequence_starts(split: Split) -> np.ndarray:
-    """The token at which each sequence starts, and the number of tokens: int64 [S + 1]."""
-    return np.concatenate([[0], np.cumsum(split.lengths_S, dtype=np.int64)])
-
-
-def document_starts(split: Split) -> np.ndarray:
-    """The token at which each document starts, and the number of tokens: int64 [documents + 1]."""
-    return sequence_starts(split)[split.documents_D]

@@ -47,11 +47,10 @@ class Statistics:
 
 def of_split(split: Split) -> Statistics:
     """Reads the lengths of all sequences."""
-    ends = np.concatenate([[0], np.cumsum(split.lengths_S, dtype=np.int64)])
-    lengths_D = np.diff(ends[split.documents_D])
+    lengths_D = np.diff(split.document_starts())
     return Statistics(
         documents=len(lengths_D),
-        tokens=int(ends[-1]),
+        tokens=int(lengths_D.sum()),
         bytes=split.bytes,
         median=float(np.median(lengths_D)) if len(lengths_D) else 0.0,
         longest=int(lengths_D.max(initial=0)),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data import apart
 from data.apart import Wrong
@@ -29,6 +29,8 @@ DOWNLOAD_S = 24 * 3600.0
 @dataclass(frozen=True, kw_only=True)
 class TfdsText(Prepared):
     """A TFDS dataset that is on disk: your own (`python -m data.loose_json`), or one that TFDS knows by name."""
+
+    elsewhere: ClassVar[tuple[str, ...]] = ("folder", "download", "silence_s")
 
     name: str
     """As TFDS has it: my_corpus, imdb_reviews/plain_text, c4/en:3.1.0."""
@@ -129,10 +131,6 @@ class TfdsText(Prepared):
     def most_workers(self) -> int | None:  # pyrefly: ignore[bad-override]
         """Each reader of TFRecord has TensorFlow in memory."""
         return None if _is_random_access(self.builder()) else 1
-
-    def recipe(self) -> dict:
-        """See `Prepared`."""
-        return {name: value for name, value in super().recipe().items() if name not in ("download", "silence_s")}
 
     @property
     def described(self) -> str:

@@ -14,7 +14,7 @@ import runs
 import seqio_project
 
 from data import BestFit, Completion, Curriculum, FillInTheMiddle, Live, LiveLoader, LiveText, SeqioTask
-from data.objectives import FixedLinear
+from data.curriculum import FixedLinear
 from data.packing import pack, window_count
 from mtx.errors import ConfigError, Stopped
 

@@ -1,5 +1,6 @@
 """Batches by sample number: blends, restarts at any place on any number of hosts, objectives, packing, curricula."""
 
+import dataclasses
 import hashlib
 import math
 
@@ -26,7 +27,7 @@ from data import (
     SpanCorruption,
     Weighted,
 )
-from data.objectives import FixedLinear, MetricFile, Rarity
+from data.curriculum import FixedLinear, MetricFile, Rarity
 from data.specials import NAMES, specials
 from data.tokenizer import ByteTokenizer
 
@@ -237,6 +238,13 @@ def test_a_curriculum_gives_the_easiest_rows_first(tmp_path) -> None:
     for step in range(30):
         drawn = [metric_N[loader.origin(8 * step + i).row] for i in range(8)]
         assert max(drawn) < max(1, pacing.difficulty(step) * rows // 100)
+    np.save(tmp_path / "moved.npy", metric_N)
+    moved = dataclasses.replace(curriculum, metric=MetricFile(path=str(tmp_path / "moved.npy")))
+    digests = [loader.metric_digest, dataclasses.replace(loader, curriculum=moved).metric_digest]
+    np.save(tmp_path / "moved.npy", metric_N[::-1])
+    digests.append(dataclasses.replace(loader, curriculum=moved).metric_digest)
+    assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 16
+    assert dataclasses.replace(loader, curriculum=None).metric_digest is None
     np.save(tmp_path / "metric.npy", metric_N[1:])
     with pytest.raises(ValueError, match=rf"a finite number for each of the {rows} rows"):
         Loader(corpus=SOURCES["a"], sequence_length=T, curriculum=curriculum).train([0])

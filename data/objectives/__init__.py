@@ -7,19 +7,7 @@ Objectives over windows (`CausalLm`, `PrefixLm`, `FillInTheMiddle`, `MaskedLm`, 
 
 from data.objectives.best_fit import Completion, Packed, Piece, best_fit, documents_row, pack_documents
 from data.objectives.causal import CausalLm, PrefixLm
-from data.objectives.curriculum import (
-    Curriculum,
-    FixedDiscrete,
-    FixedLinear,
-    FixedRoot,
-    Length,
-    LengthWarmup,
-    MetricFile,
-    Pacing,
-    Rarity,
-    easiest_first,
-)
-from data.objectives.draws import Draws, generator
+from data.objectives.draws import Draws, generator, permuted
 from data.objectives.fim import FillInTheMiddle
 from data.objectives.masked import Chunk, MaskedLm, SentencePairs
 from data.objectives.row import Codec, Frame, Objective, Row, Specials, WindowObjective, stack
@@ -33,23 +21,14 @@ __all__ = [
     "Chunk",
     "Codec",
     "Completion",
-    "Curriculum",
     "Draws",
     "FillInTheMiddle",
-    "FixedDiscrete",
-    "FixedLinear",
-    "FixedRoot",
     "Frame",
-    "Length",
-    "LengthWarmup",
     "MaskedLm",
-    "MetricFile",
     "Objective",
-    "Pacing",
     "Packed",
     "Piece",
     "PrefixLm",
-    "Rarity",
     "Row",
     "SentencePairs",
     "SpanCorruption",
@@ -57,8 +36,8 @@ __all__ = [
     "WindowObjective",
     "best_fit",
     "documents_row",
-    "easiest_first",
     "generator",
     "pack_documents",
+    "permuted",
     "stack",
 ]

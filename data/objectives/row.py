@@ -57,10 +57,6 @@ class Specials:
                     yield field.name, f"holds token {token}, which is special already; give each a number of its own"
                 seen.add(token)
 
-    def missing(self, needs: Iterable[str]) -> list[str]:
-        """Those of these fields that are not set: an objective's `needs`."""
-        return [name for name in needs if not self._tokens(name)]
-
     def names(self) -> dict[int, str]:
         """What each of them is called: mask, fim_prefix, sentinel 3 ..."""
         found = {}
@@ -108,7 +104,7 @@ class Frame:
         """A special token. Raises: ValueError if the vocabulary lacks it."""
         token = getattr(self.specials, name)
         if token is None:
-            raise ValueError(f"specials.{name} is not set, but this objective needs it; try specials.{name}=<token>.")
+            raise ValueError(f"the special token {name} is missing, and this objective needs it.")
         return token
 
 

@@ -101,6 +101,7 @@ class Described:
 class SeqioTask(Prepared):
     """A Task or Mixture of your own seqio module."""
 
+    elsewhere: ClassVar[tuple[str, ...]] = ("folder", "reader", "silence_s")
     in_workers: ClassVar[bool] = False
     most_workers: ClassVar[int | None] = 1
 
@@ -303,10 +304,6 @@ class SeqioTask(Prepared):
         weights = [part["weight"] for part in parts.values()]
         tasks = zip(self.tasks().items(), weights, strict=True)
         return Blend(sources=tuple(Weighted(name=name, data=task, weight=w) for (name, task), w in tasks)).load()
-
-    def recipe(self) -> dict:
-        """See `Prepared`."""
-        return {name: value for name, value in super().recipe().items() if name not in ("reader", "silence_s")}
 
     @property
     def described(self) -> str:

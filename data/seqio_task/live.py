@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data import apart
-from data.blend import Order
-from data.corpus import Corpus, Split
+from data.corpus import Corpus, OneSource, Split
 from data.loader import Loader, Origin
 from data.objectives import WindowObjective
 from data.packing import Batch, Concatenate, Window
@@ -32,7 +31,7 @@ MOST_EMPTY = 1_000_000
 ONLY_FORWARD = "Compile the Task, of which any sample can be read: data.reader=None."
 
 
-class LiveText:
+class LiveText(OneSource):
     """The text of a live reader: what is held out is in memory, what is trained on is a stream."""
 
     gzip_bits_per_byte = None
@@ -60,15 +59,6 @@ class LiveText:
             gzip_bits_per_byte=None,
         )
         return {"": corpus}
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Of the sources: the one there is."""
-        return (1.0,)
-
-    def order(self, rows: Mapping[str, int]) -> Order:
-        """Which source each sample of training comes from: the one there is."""
-        return Order((0,), ((1.0,),))
 
     def describe(self) -> str:
         """One line for the banner."""
@@ -141,12 +131,7 @@ class LiveLoader(Loader):
 
     def check(self) -> "LiveLoader":
         """Itself. Raises: ValueError for what a stream cannot do."""
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be an integer >= 0; try seed=0.")
-        if self.sequence_length < 1:
-            raise ValueError(
-                f"batch.sequence_length={self.sequence_length} must be >= 1; try batch.sequence_length=256."
-            )
+        self._check_numbers()
         for name, wrong in (
             ("objective", not isinstance(self.objective, WindowObjective)),
             ("packing", not isinstance(self.packing, Concatenate)),

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from data import Loader, Origin, Prepared, sources_of
-from data.rows import document_starts
 from mtx import config as configs
 from mtx.command import run_folder
 from mtx.config import Config
@@ -48,7 +47,7 @@ def lines(config: Config, loader: Loader, sample: int) -> Iterator[str]:
 def _documents(config: Config, loader: Loader, origin: Origin) -> Iterator[str]:
     split = loader.corpus.parts[origin.source].splits["train"]
     data = sources_of(config.data)[origin.source]
-    starts_D, tokens_N = document_starts(split), split.tokens_N
+    starts_D, tokens_N = split.document_starts(), split.tokens_N
     for start, end in origin.spans:
         first, last = np.searchsorted(starts_D, [start, end - 1], side="right") - 1
         for document in range(int(first), int(last) + 1):

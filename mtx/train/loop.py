@@ -234,7 +234,7 @@ class Loop:
         return saved.about(
             self.config,
             self.program,
-            self.loader.corpus,
+            self.loader,
             samples=self.samples,
             tokens=self.tokens,
             evaluated=self.evaluated,

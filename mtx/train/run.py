@@ -98,7 +98,7 @@ def _run(
         mark = saved.this_process()
         enter(saved.claimed(workdir, first, mark))
         if cluster is not None:
-            alike(cluster, loaded, loader.corpus.digest, workdir, mark)
+            alike(cluster, loaded, f"{loader.corpus.digest} {loader.metric_digest or ''}".strip(), workdir, mark)
         store = enter(Store(workdir / saved.FOLDER, config.checkpoints))
         resumes = bool(store.steps()) and not fresh
         if not resumes:

@@ -32,7 +32,7 @@ EARLIER = "earlier"
 FREE = (
     *("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths"),
     *("data.train", "data.validation", "data.test", "data.tokenizer.path", "data.tokenizer.folder"),
-    *("data.data_dir", "data.download", "data.silence_s"),
+    *("data.data_dir", "data.download", "data.silence_s", "curriculum.metric.path"),
 )
 """Fields below `MEANING` that change how things are computed or where they lie, not what they are."""
 PHASES = "data.phases"
@@ -92,7 +92,7 @@ def start(loaded: Loaded, program: Program, loader: Loader, store: Store, accept
     loader.open(*program.share_of_rows())
     below, skipped = None, ()
     while (found := store.newest(below, skipped)) is not None:
-        refuse_changes(found, config, corpus, accept_changes)
+        refuse_changes(found, config, loader, accept_changes)
         try:
             state = program.placed(store.restore(found, program.abstract_ordered()))
         except DigestError as error:  # on every process alike; anything else is no damage, and ends this process
@@ -135,9 +135,9 @@ def set_aside(workdir: Path, first: bool) -> None:
     log.info("an earlier run of this folder is now in %s", into)
 
 
-def refuse_changes(found: Found, config: Config, corpus: Text, accept_changes: bool) -> None:
+def refuse_changes(found: Found, config: Config, loader: Loader, accept_changes: bool) -> None:
     """Says what changed since the checkpoint. Raises: ConfigError if that changes the meaning of model or data."""
-    about = found.manifest.about
+    about, corpus = found.manifest.about, loader.corpus
     changed = configs.differences(about["config"], config)
     for path, old, new in changed:
         log.info("changed     %s: %s -> %s", path, old, new)
@@ -149,6 +149,8 @@ def refuse_changes(found: Found, config: Config, corpus: Text, accept_changes: b
             )
     later = _only_later_phases(about, config)
     wrong = [f"{path}: {old} -> {new}" for path, old, new in changed if _means(path) and not (later and PHASES in path)]
+    if (then := about.get("metric")) != loader.metric_digest:
+        wrong.append(f"the digest of curriculum.metric: {then} -> {loader.metric_digest}")
     if config.curriculum is not None:  # which samples are easy enough goes by steps of so many samples
         wrong += [f"{path}: {old} -> {new}" for path, old, new in changed if path == "batch.global_size"]
     weights = any(path.startswith("data.sources[") and path.endswith(".weight") for path, _, _ in changed)
@@ -215,7 +217,7 @@ def weights(path: Path, program: Program, step: int | None = None) -> tuple[Foun
 def about(
     config: Config,
     program: Program,
-    corpus: Text,
+    loader: Loader,
     *,
     samples: int,
     tokens: int,
@@ -223,11 +225,13 @@ def about(
     best_val_loss: float | None,
 ) -> Mapping[str, Any]:
     """What a checkpoint says about itself besides its arrays."""
+    corpus = loader.corpus
     return {
         "config": configs.dump(config),
         "samples": samples,
         "tokens": tokens,
         "data": corpus.digest,
+        "metric": loader.metric_digest,
         "source": corpus.source,
         "tokenizer": corpus.tokenizer.digest,
         "mesh": mesh_text(program),
@@ -262,7 +266,7 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
         config = dataclasses.replace(config, mesh=MeshConfig())
         count = 1
     configs.check(config, count)
-    loader = load_data(config)
+    loader = load_data(dataclasses.replace(config, curriculum=None))  # which rows come first is for who trains
     corpus = loader.corpus
     program = build(config, jax.devices()[:count])
     found, params = weights(folder, program, step)

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from data.objectives.draws import generator, permuted
+from data.objectives import generator, permuted
 from data.packing import Batch
 
 
