@@ -4,6 +4,7 @@ Task's own metrics of it."""
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ import numpy as np
 from data import SeqioTask
 from data.objectives.row import Example, examples_row
 from data.seqio_task.metrics import Question, evaluate
+from mtx import config as configs
 from mtx import decode
 from mtx.command import run_folder
 from mtx.decode import Sampling
-from mtx.errors import DataError
+from mtx.errors import ConfigError, DataError
 from mtx.train import Opened, keep_compiled, open_run, talk, validate
 
 LONGER = 2
@@ -31,6 +33,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     """`python main.py eval RUN`: prints one JSON object. `eval_sequences=0` measures all of the split."""
     folder, overrides = run_folder(flags, words, "eval")
+    if flags.metrics is not None:
+        refuse_metrics(folder, overrides, flags)
     talk()
     keep_compiled()
     run = open_run(folder, overrides, flags.step)
@@ -45,16 +49,29 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     return 0
 
 
+def refuse_metrics(folder: Path, overrides: list[str], flags: argparse.Namespace) -> None:
+    """Before anything is read. Raises: ConfigError."""
+    data = configs.override(configs.read_config(folder), overrides).data
+    if flags.metrics < 1:
+        raise ConfigError(f"--metrics {flags.metrics} must be at least 1, a number of examples; such as --metrics 500.")
+    if not isinstance(data, SeqioTask):
+        kind = type(data).__name__
+        raise ConfigError(f"--metrics is for data=SeqioTask, and this run has data={kind}; leave it out of eval.")
+    if _task_split(data, flags.split) is None:
+        raise ConfigError(f"--metrics needs the Task's {flags.split} split, and data.{flags.split}=None; name it.")
+
+
+def _task_split(data: SeqioTask, split: str) -> str | None:
+    """seqio's name of a split."""
+    return {"train": data.split, "validation": data.validation, "test": data.test}[split]
+
+
 def task_metrics(run: Opened, split: str, most: int) -> dict[str, dict[str, float]]:
     """Of each task its metrics by name, on the first `most` examples of a split. Raises: DataError."""
     data = run.config.data
-    if not isinstance(data, SeqioTask):
-        raise DataError(
-            f"--metrics is for data=SeqioTask, whose Tasks have metric functions, not {type(data).__name__}."
-        )
-    name = {"train": data.split, "validation": data.validation, "test": data.test}[split]
-    if name is None:
-        raise DataError(f"data.{split}=None: the Task's split is not named; add data.{split}=...")
+    assert isinstance(data, SeqioTask), "refuse_metrics comes first"
+    name = _task_split(data, split)
+    assert name is not None
     models = _Model(run)
     try:
         return evaluate(data, generate=models.answers, score=models.scores, split=name, most=most)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from data import SeqioTask
+
 WORDS = ("the", "cat", "zebra", "héron", "\U0001f999")
 LINES = {"a_train": 60, "a_validation": 8, "b_train": 20, "b_validation": 5}
 keep = contextlib.ExitStack()
@@ -48,3 +50,8 @@ def _folder() -> Path:
 def texts(folder: Path, name: str) -> list[str]:
     """The documents of a Task's split, as a_train."""
     return (folder / "my_tasks" / f"{name}.txt").read_text().splitlines()
+
+
+def task(name: str, **fields) -> SeqioTask:
+    """One of user_tasks.py."""
+    return SeqioTask(module="my_tasks.toys", mixture=name, **fields)

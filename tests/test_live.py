@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import runs
 import seqio_project
+from seqio_project import task
 
-from data import BestFit, Completion, Curriculum, FillInTheMiddle, Live, LiveLoader, LiveText, SeqioTask
+from data import BestFit, Completion, Curriculum, FillInTheMiddle, Live, LiveLoader, LiveText
 from data.curriculum import FixedLinear
 from data.packing import pack, window_count
 from mtx.errors import ConfigError, Stopped
@@ -28,10 +29,6 @@ T, B = 16, 4
 def project() -> Iterator[Path]:
     with seqio_project.entered() as folder:
         yield folder
-
-
-def task(name: str, **fields) -> SeqioTask:
-    return SeqioTask(module="my_tasks.toys", mixture=name, **fields)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import seqio_project
+from seqio_project import task
 
 from data import Blend, Blended, Loader, SentencePiece, SeqioTask, Weighted, sources_of
 from data.apart import Wrong
@@ -23,10 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def project() -> Iterator[Path]:
     with seqio_project.entered() as folder:
         yield folder
-
-
-def task(name: str, **fields) -> SeqioTask:
-    return SeqioTask(module="my_tasks.toys", mixture=name, **fields)
 
 
 def said(name: str, module: str = "my_tasks.toys", **splits: str) -> dict:
