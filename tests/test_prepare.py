@@ -178,7 +178,9 @@ def test_a_worker_that_dies_is_named_and_what_is_finished_stays(small_units: Non
     def kill(line: str) -> None:
         if line.startswith("reading"):
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            os.kill(int(children[0]), signal.SIGKILL)
+            for child in children:  # tests that this process ran before may have left others
+                if b"data.workers" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
 
     with pytest.raises(ValueError, match=r"a worker process was killed by signal 9; .*--workers 1"):
         config.prepare(kill, workers=2)
