@@ -10,13 +10,13 @@ from data.objectives import (
     AnyObjective,
     CausalLm,
     Completion,
+    DocumentRows,
     Frame,
     Piece,
     SentencePairs,
     WindowObjective,
     documents_row,
     generator,
-    pack_documents,
     stack,
 )
 from data.packing import Batch, BestFit, Concatenate, Window, cut, pack, window_count
@@ -118,7 +118,7 @@ class _Packed:
     def __init__(self, split: Split, frame: Frame) -> None:
         self._stream_N, self._frame = split.tokens_N, frame
         self._starts_D = split.document_starts()
-        self._rows = pack_documents(np.diff(self._starts_D).tolist(), frame.sequence_length)
+        self._rows = DocumentRows(np.diff(self._starts_D), frame.sequence_length)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -152,8 +152,8 @@ class Completions:
         self._stream_N, self._objective, self._frame = split.tokens_N, objective, frame
         self._starts_S = split.sequence_starts()
         lengths = split.lengths_S.reshape(-1, 2) - [0, 1]  # the end of document is the row's to add
-        self._rows, left_out = objective.pack([(int(a), int(b)) for a, b in lengths], frame.sequence_length)
-        self.left_out = len(left_out), len(lengths)
+        self._rows, self._taken_P = objective.pack(lengths, frame.sequence_length)
+        self.left_out = len(lengths) - len(self._taken_P), len(lengths)
         """Pairs that are longer than a row, and all."""
 
     def __len__(self) -> int:
@@ -161,15 +161,18 @@ class Completions:
 
     def batch(self, picks: Sequence[Pick]) -> Batch:
         return stack(
-            [self._objective.row([self._pair(n) for n in self._rows[pick.row]], self._frame) for pick in picks]
+            [self._objective.row([self._pair(n) for n in self._pairs(pick.row)], self._frame) for pick in picks]
         )
+
+    def _pairs(self, row: int) -> list[int]:
+        return self._taken_P[self._rows[row]].tolist()
 
     def _pair(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         start, middle, end = self._starts_S[2 * number : 2 * number + 3]
         return self._stream_N[start:middle], self._stream_N[middle : end - 1]
 
     def spans(self, row: int) -> list[Span]:
-        return [Span(int(self._starts_S[2 * n]), int(self._starts_S[2 * n + 2])) for n in self._rows[row]]
+        return [Span(int(self._starts_S[2 * n]), int(self._starts_S[2 * n + 2])) for n in self._pairs(row)]
 
 
 class _Pairs:

@@ -5,7 +5,7 @@ Objectives over windows (`CausalLm`, `PrefixLm`, `FillInTheMiddle`, `MaskedLm`, 
 `generator(seed, objective.purpose, source, epoch, index)`. `Completion` and `SentencePairs` have inputs of their own.
 """
 
-from data.objectives.best_fit import Completion, Packed, Piece, best_fit, documents_row, pack_documents
+from data.objectives.best_fit import Bins, Completion, DocumentRows, Piece, best_fit, documents_row
 from data.objectives.causal import CausalLm, PrefixLm
 from data.objectives.draws import Draws, generator, permuted
 from data.objectives.fim import FillInTheMiddle
@@ -17,16 +17,17 @@ AnyObjective = CausalLm | PrefixLm | FillInTheMiddle | MaskedLm | SentencePairs 
 
 __all__ = [
     "AnyObjective",
+    "Bins",
     "CausalLm",
     "Chunk",
     "Codec",
     "Completion",
+    "DocumentRows",
     "Draws",
     "FillInTheMiddle",
     "Frame",
     "MaskedLm",
     "Objective",
-    "Packed",
     "Piece",
     "PrefixLm",
     "Row",
@@ -37,7 +38,6 @@ __all__ = [
     "best_fit",
     "documents_row",
     "generator",
-    "pack_documents",
     "permuted",
     "stack",
 ]

@@ -9,35 +9,89 @@ import numpy as np
 from data.objectives.row import Example, Frame, Objective, Row, examples_row
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of item numbers whose lengths sum to `capacity` at most: the longest item first, each into the fullest row
+class Bins(Sequence[np.ndarray]):
+    """Rows of item numbers, each row's in ascending order, int64 [K]."""
+
+    def __init__(self, row_N: np.ndarray, rows: int) -> None:
+        """row_N: the row of each item. Rows are numbered anew, in the order of their first items."""
+        first_R = np.empty(rows, np.int64)
+        first_R[row_N[::-1]] = np.arange(len(row_N))[::-1]  # the last one written stays
+        number_R = np.empty(rows, row_N.dtype)
+        number_R[np.argsort(first_R)] = np.arange(rows)
+        row_N = number_R[row_N]
+        self._items_N = np.argsort(row_N, kind="stable")
+        self._starts_R = np.append(0, np.cumsum(np.bincount(row_N, minlength=rows)))
+
+    def __len__(self) -> int:
+        return len(self._starts_R) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:  # pyrefly: ignore[bad-override]: no slices
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self._items_N[self._starts_R[row] : self._starts_R[row + 1]]
+
+
+def best_fit(length_N: np.ndarray, capacity: int) -> Bins:
+    """Rows of items whose lengths sum to `capacity` at most: the longest item first, each into the fullest row
     that takes it (best-fit decreasing; Ding et al. 2024, "Fewer truncations improve language modeling", section 3).
 
-    A function of its arguments alone: ties go to the earlier item; rows come in the order of their first items.
+    A function of its arguments alone: ties go to the earlier item. All items of a length are placed together: of the
+    rows that are equally full, each takes as many of them as it can, before the next one takes any.
 
     Raises:
       ValueError: a length below 1 or above the capacity.
     """
-    wrong = next((length for length in lengths if not 1 <= length <= capacity), None)
-    if wrong is not None:
-        raise ValueError(f"an item of length {wrong} does not fit a row of {capacity}, or is none.")
-    rows: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(capacity)]
-    spaces = 0  # bit s: some row has s left
-    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        fits = spaces >> lengths[item]
-        if fits:
-            space = lengths[item] + (fits & -fits).bit_length() - 1
-            row = with_space[space].pop()
-            spaces ^= 0 if with_space[space] else 1 << space
-        else:
-            space, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(item)
-        if left := space - lengths[item]:
-            with_space[left].append(row)
-            spaces |= 1 << left
-    return sorted(sorted(row) for row in rows)
+    wrong_K = length_N[(length_N < 1) | (length_N > capacity)]
+    if len(wrong_K):
+        raise ValueError(f"an item of length {wrong_K[0]} does not fit a row of {capacity}, or is none.")
+    longest_first_N = np.argsort(capacity - length_N.astype(np.int64), kind="stable")
+    row_N, rows = np.empty(len(length_N), np.int32), 0
+    spaces = _Spaces(capacity)
+    done = 0
+    counts = np.bincount(length_N, minlength=1)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            space = spaces.least(length)
+            each = (space or capacity) // length
+            wanted = -(-left // each)
+            if space:
+                taken_R = spaces.take(space, wanted)
+            else:
+                space, taken_R, rows = capacity, np.arange(rows, rows + wanted), rows + wanted
+            placed = min(left, each * len(taken_R))
+            row_N[longest_first_N[done : done + placed]] = np.repeat(taken_R, each)[:placed]
+            whole, rest = divmod(placed, each)
+            spaces.give(space - each * length, taken_R[:whole])
+            spaces.give(space - rest * length, taken_R[whole:])
+            done, left = done + placed, left - placed
+    return Bins(row_N, rows)
+
+
+class _Spaces:
+    """Rows by the space that is left in them; those that came last are taken first."""
+
+    def __init__(self, capacity: int) -> None:
+        self._rows: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
+        self._there = 0  # bit s: some row has s left
+
+    def least(self, length: int) -> int:
+        """The least space that takes an item; 0: none does."""
+        fits = self._there >> length
+        return length + (fits & -fits).bit_length() - 1 if fits else 0
+
+    def take(self, space: int, most: int) -> np.ndarray:
+        """Up to so many rows with this space, the last ones first; at least one."""
+        last_R = self._rows[space].pop()[::-1]
+        if len(last_R) > most:
+            self._rows[space].append(last_R[most:][::-1])
+        self._there ^= 0 if self._rows[space] else 1 << space
+        return last_R[:most]
+
+    def give(self, space: int, row_R: np.ndarray) -> None:
+        if space and len(row_R):
+            self._rows[space].append(row_R)
+            self._there |= 1 << space
 
 
 class Piece(NamedTuple):
@@ -48,31 +102,31 @@ class Piece(NamedTuple):
     end: int
 
 
-def pack_documents(document_tokens: Sequence[int], sequence_length: int) -> list[list[Piece]]:
-    """Rows of documents, from their lengths with their ends; only those that exceed a row are cut, into full rows and
-    a rest. Each token but a document's first is a target once: pieces overlap by one, as windows do.
+class DocumentRows(Sequence[list[Piece]]):
+    """Rows of documents, from their lengths with their ends (int [D]); only those that exceed a row are cut, into full
+    rows and a rest. Each token but a document's first is a target once: pieces overlap by one, as windows do.
     """
-    pieces = [
-        Piece(document, start, min(start + sequence_length, tokens - 1) + 1)
-        for document, tokens in enumerate(document_tokens)
-        for start in range(0, tokens - 1, sequence_length)
-    ]
-    rows = best_fit([piece.end - piece.start - 1 for piece in pieces], sequence_length)
-    return [[pieces[item] for item in row] for row in rows]
+
+    def __init__(self, tokens_D: np.ndarray, sequence_length: int) -> None:
+        pieces_D = -(-(tokens_D.astype(np.int64) - 1) // sequence_length)
+        self._document_P = np.repeat(np.arange(len(tokens_D)), pieces_D)
+        before_P = np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
+        self._start_P = (np.arange(len(before_P)) - before_P) * sequence_length
+        self._targets_P = np.minimum(tokens_D[self._document_P] - 1 - self._start_P, sequence_length)
+        self._rows = best_fit(self._targets_P, sequence_length)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> list[Piece]:  # pyrefly: ignore[bad-override]: no slices
+        found_K = self._rows[row]
+        columns = self._document_P[found_K], self._start_P[found_K], self._targets_P[found_K]
+        return [Piece(d, start, start + n + 1) for d, start, n in zip(*(x.tolist() for x in columns), strict=True)]
 
 
 def documents_row(pieces: Sequence[np.ndarray], frame: Frame) -> Row:
-    """The tokens of a row of `pack_documents` as a row, each piece a segment."""
+    """The tokens of a row of `DocumentRows` as a row, each piece a segment."""
     return examples_row([Example(tokens, 1) for tokens in pieces], frame, prefix=False)
-
-
-class Packed(NamedTuple):
-    """What becomes of pairs."""
-
-    rows: list[list[int]]
-    """Numbers of the pairs of each row."""
-    left_out: list[int]
-    """Numbers of those that are longer than a row, or empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +141,12 @@ class Completion(Objective):
         """See `Objective`."""
         return "prefix" if self.prefix else "causal"
 
-    def pack(self, pair_tokens: Sequence[tuple[int, int]], sequence_length: int) -> Packed:
-        """Rows of pairs, from the lengths of (prompt, completion), best fit."""
-        positions = [prompt + completion for prompt, completion in pair_tokens]
-        taken = [pair for pair, length in enumerate(positions) if 1 <= length <= sequence_length]
-        rows = best_fit([positions[pair] for pair in taken], sequence_length)
-        left_out = sorted(set(range(len(positions))) - set(taken))
-        return Packed([[taken[item] for item in row] for row in rows], left_out)
+    def pack(self, length_N2: np.ndarray, sequence_length: int) -> tuple[Bins, np.ndarray]:
+        """Rows of pairs, from the lengths of (prompt, completion), best fit; and which pairs (int64 [P]) the items of
+        the rows are, as those that are longer than a row, or empty, are left out."""
+        position_N = length_N2.sum(axis=1)
+        (taken_P,) = np.nonzero((position_N >= 1) & (position_N <= sequence_length))
+        return best_fit(position_N[taken_P], sequence_length), taken_P
 
     def row(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], frame: Frame) -> Row:
         """The (prompt, completion) tokens of a row of `pack` as a row; only completions and their ends weigh."""
