@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import pytest
 import toys
 
-from mtx import hlo, spmd
+from mtx import hlo
 from mtx.attention import AttentionConfig
 from mtx.layers import Gelu, RMSNorm, Rotary
 from mtx.layout import Weight
 from mtx.losses import CrossEntropy
 from mtx.model import Transformer, flatten
 from mtx.optim import AdamW
-from mtx.spmd import ManualDoors
+from mtx.spmd import ManualDoors, manual
 
 M, ROWS, T = 4, 2, 128  # microbatches, sequences per batch shard, tokens
 MODEL = Transformer(
@@ -217,18 +217,18 @@ def test_controls(monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(AssertionError):
             check_data_parallel(1, Census("cpu", (1, 8, 1), zero=1))
     with monkeypatch.context() as m:
-        m.setattr(spmd, "_sum_gradient", lambda x: spmd._sum(x))
+        m.setattr(manual, "_sum_gradient", lambda x: manual._sum(x))
         with pytest.raises(AssertionError):
             check_tensor_parallel("none", Census("cpu", (1, 1, 8)))
     with monkeypatch.context() as m:
-        m.setattr(ManualDoors, "leave", lambda self, y: spmd._sum(y)[:, : y.shape[1] // 8])
+        m.setattr(ManualDoors, "leave", lambda self, y: manual._sum(y)[:, : y.shape[1] // 8])
         with pytest.raises(AssertionError):
             check_sequence_parallel(Census("cpu", (1, 1, 8), sequence_parallel=True))
 
 
 def scatter_always(self: ManualDoors, weight: Weight, gradient):
     zero = self.layout.zero_dim(weight)
-    return gradient if zero is None else spmd.lax.psum_scatter(gradient, "data", scatter_dimension=zero, tiled=True)
+    return gradient if zero is None else jax.lax.psum_scatter(gradient, "data", scatter_dimension=zero, tiled=True)
 
 
 # Memory.
