@@ -11,6 +11,7 @@ import aot
 import jax.numpy as jnp
 import pytest
 import toys
+from jax import lax
 
 from mtx import hlo
 from mtx.attention import AttentionConfig
@@ -228,7 +229,7 @@ def test_controls(monkeypatch: pytest.MonkeyPatch):
 
 def scatter_always(self: ManualDoors, weight: Weight, gradient):
     zero = self.layout.zero_dim(weight)
-    return gradient if zero is None else jax.lax.psum_scatter(gradient, "data", scatter_dimension=zero, tiled=True)
+    return gradient if zero is None else lax.psum_scatter(gradient, "data", scatter_dimension=zero, tiled=True)
 
 
 # Memory.
