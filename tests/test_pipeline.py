@@ -615,6 +615,8 @@ def test_command_line_keeps(capsys):
     assert re.search(r"^waiting weights +6  \(per stage: 1 3 5 6\)$", keeping, re.MULTILINE)
     assert main(words) == 0
     assert "kept operands" not in capsys.readouterr().out
+    assert main(["--stages", "1", "--microbatches", "1"]) == 0
+    assert capsys.readouterr().out.startswith("OneFOneB, 1 stage, 1 microbatch\n")
 
 
 @pytest.mark.parametrize(
@@ -630,6 +632,7 @@ def test_command_line_keeps(capsys):
         (["--stages", "0"], 64, "--stages 0 must be at least 1."),
         (["--microbatches", "many"], 64, "argument --microbatches: invalid int value: 'many'."),
         (["--costs", "1", "0", "1"], 64, "--costs must be three positive numbers, such as --costs 1 2 1."),
+        (["--draw", "out.png"], 64, "--draw out.png must end in .svg, the only format drawn."),
         (["--draw", "/nowhere/out.svg"], 73, "/nowhere/out.svg cannot be written: No such file or directory."),
     ],
     ids=str,
