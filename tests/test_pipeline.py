@@ -206,6 +206,20 @@ def test_no_slower_than_the_spike(schedule, stages, microbatches, ratios):
             assert round(found.time / found.ideal + 1e-9, 2) == ratio
 
 
+def test_uneven_stages_wait_for_the_largest():
+    """GPipe by hand: M Fs of the large stage, the small one's last F and first B in a tick, M Bs of the large one."""
+    found = simulate(GPipe().table(2, 8), Costs(layers=(2, 1)))
+    assert found.time == pytest.approx(8 * 1 + (1 + 2) / 2 + 8 * 2)
+    assert found.ideal == pytest.approx(8 * 3 * (1 + 1 / 2) / 2)
+    assert found.bubble == pytest.approx(1 - 18 / 25.5)
+    chunked = simulate(Interleaved().table(2, 8), Costs(layers=(2, 1, 1, 1)))
+    assert chunked.ideal == pytest.approx(8 * 3 / 2 * (1 + 1 / 2 + 1 / 2 + 1 / 2) / 2)
+    assert chunked.time > chunked.ideal
+    for schedule in SCHEDULES:
+        table = schedule.table(4, 8)
+        assert simulate(table, Costs(layers=(3,) * 4 * table.chunks)) == simulate(table)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Late(Schedule):
     """What a user may add: 1F1B whose backwards wait, for multiples of the stages only."""
