@@ -540,7 +540,7 @@ MISTAKES = {
         (
             "mesh.data=1 mesh.pipeline=8 model.layers=8 model.vocab_multiple=257",
             "model.vocab_multiple=257 does not divide over mesh.pipeline=8 (the vocabulary, padded, has 257 rows); try "
-            "model.vocab_multiple=2056, or layout.vocabulary=replicated.",
+            "layout.vocabulary=replicated, or model.vocab_multiple=2056.",
         ),
         ("layout.vocabulary=whole", "layout.vocabulary=whole must be one of sharded, replicated."),
     ],

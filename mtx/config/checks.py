@@ -335,8 +335,9 @@ def _tensor_parallel(case: _Case) -> Iterator[str]:
             where += f" (the vocabulary, padded, has {size} rows)"
         value = model.vocab_multiple if dimension == "vocab" else size
         changes = [case.mesh("model", n) for n in _divisors(math.gcd(size, parts))] if axes == ("model",) else []
-        hints = [f"{path}={_either(tries[:2])}"] if tries else []
-        hints += ["layout.vocabulary=replicated"] if STAGES in axes and not size % layout.size("model") else []
+        # The layout first: another size is another model, which no checkpoint fits.
+        hints = ["layout.vocabulary=replicated"] if STAGES in axes and not size % layout.size("model") else []
+        hints += [f"{path}={_either(tries[:2])}"] if tries else []
         hints += [change for change in changes[-2:] if change] or ([] if tries else ["another mesh"])
         yield f"{path}={value} does not divide over {where}; try {', or '.join(hints)}."
 
