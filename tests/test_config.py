@@ -766,6 +766,28 @@ def test_every_suggested_change_is_itself_legal(load):
     assert tried >= 35
 
 
+@pytest.mark.parametrize(
+    "words", ["mesh.pipeline=16", "mesh.pipeline=4", "mesh.model=3", "mesh.data=3 batch.global_size=4", "mesh.data=16"]
+)
+def test_every_suggested_mesh_runs_the_config(load, words):
+    """Two layers and, in one case, four sequences do not go on every mesh of eight devices."""
+    words = f"mesh.data=3 {words}" if "mesh.data" not in words else words
+    with pytest.raises(DeviceError, match="; try ") as caught:
+        configs.check(load(words).config, 8)
+    options = str(caught.value).partition("; try ")[2].rstrip(".").split(", or ")
+    options = [option for option in options if option.startswith("mesh.")]
+    for option in options:
+        paths = {pair.partition("=")[0] for pair in option.split()}
+        kept = [word for word in words.split() if word.partition("=")[0] not in paths]
+        configs.check(load(" ".join(kept + option.split())).config, 8)
+    assert len(options) == 4
+
+
+def test_meshes_are_suggested_where_none_would_do(load):
+    with pytest.raises(DeviceError, match=r"; try mesh.data=8, or "):
+        configs.check(load("mesh.data=3 batch.global_size=1 model.attention.heads=1").config, 8)
+
+
 TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 999}, "merges": []},
     "added_tokens": [{"id": 1000, "content": "</s>", "special": True}],
