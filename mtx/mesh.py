@@ -1,8 +1,9 @@
 """The mesh: six named axes, from a `MeshConfig` and a list of devices to a `jax.sharding.Mesh`."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -44,10 +45,13 @@ class MeshConfig:
             yield wild[1], f"is a second -1 beside mesh.{wild[0]}; only one axis can take the rest of the devices"
 
 
-def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+def sizes(
+    config: MeshConfig, num_devices: int, able: Callable[[dict[str, int]], bool] = lambda _: True
+) -> dict[str, int]:
     """The size of every axis, with -1 filled in.
 
-    Raises: DeviceError if the mesh does not use exactly `num_devices`, with the legal values.
+    Raises: DeviceError if the mesh does not use exactly `num_devices`, with legal values: of meshes that are `able`
+    to do what is wanted of them, if there are any.
     """
     wanted = dataclasses.asdict(config)
     fixed = math.prod(size for size in wanted.values() if size != -1)
@@ -57,15 +61,20 @@ def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
         return wanted | {wild[0]: num_devices // fixed}
     if not wild and fixed == num_devices:
         return wanted
-    tries = legal_meshes(num_devices, {axis: wanted[axis] for axis in AXES if axis not in NOT_YET})
+    tries = legal_meshes(num_devices, {axis: wanted[axis] for axis in AXES if axis not in NOT_YET}, able)
     problem = f"does not divide {num_devices} devices" if wild else f"uses {fixed} of {num_devices} devices"
     if fixed > num_devices:
         tries.append(f"--devices {fixed} to simulate them on the CPU")
     raise DeviceError(f"{said} {problem}; try {', or '.join(tries)}.")
 
 
-def legal_meshes(num_devices: int, wanted: dict[str, int], most: int = 4) -> list[str]:
-    """Up to `most` meshes that use every device, those nearest to `wanted` first, as overrides of it."""
+def legal_meshes(
+    num_devices: int, wanted: dict[str, int], able: Callable[[dict[str, int]], bool] = lambda _: True, most: int = 4
+) -> list[str]:
+    """Up to `most` meshes that use every device, those nearest to `wanted` first, as overrides of it.
+
+    Of those that are `able`, unless none is.
+    """
 
     def divisors(n: int) -> list[int]:
         return [d for d in range(1, n + 1) if n % d == 0]
@@ -86,7 +95,8 @@ def legal_meshes(num_devices: int, wanted: dict[str, int], most: int = 4) -> lis
         changes = [f"mesh.{axis}={size}" for axis, size in mesh.items() if size > 1 or wanted[axis] != 1]
         return " ".join(changes) or "mesh.data=1"
 
-    return [words(mesh) for mesh in found[:most]]
+    fit = itertools.islice((mesh for mesh in found if able(dict.fromkeys(AXES, 1) | mesh)), most)
+    return [words(mesh) for mesh in list(fit) or found[:most]]
 
 
 def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -540,7 +540,7 @@ MISTAKES = {
         (
             "mesh.data=1 mesh.pipeline=8 model.layers=8 model.vocab_multiple=257",
             "model.vocab_multiple=257 does not divide over mesh.pipeline=8 (the vocabulary, padded, has 257 rows); try "
-            "model.vocab_multiple=2056, or layout.vocabulary=replicated.",
+            "layout.vocabulary=replicated, or model.vocab_multiple=2056.",
         ),
         ("layout.vocabulary=whole", "layout.vocabulary=whole must be one of sharded, replicated."),
     ],
@@ -764,6 +764,28 @@ def test_every_suggested_change_is_itself_legal(load):
                 configs.check(load(" ".join(kept + change.split())).config, 8)
                 tried += 1
     assert tried >= 35
+
+
+@pytest.mark.parametrize(
+    "words", ["mesh.pipeline=16", "mesh.pipeline=4", "mesh.model=3", "mesh.data=3 batch.global_size=4", "mesh.data=16"]
+)
+def test_every_suggested_mesh_runs_the_config(load, words):
+    """Two layers and, in one case, four sequences do not go on every mesh of eight devices."""
+    words = f"mesh.data=3 {words}" if "mesh.data" not in words else words
+    with pytest.raises(DeviceError, match="; try ") as caught:
+        configs.check(load(words).config, 8)
+    options = str(caught.value).partition("; try ")[2].rstrip(".").split(", or ")
+    options = [option for option in options if option.startswith("mesh.")]
+    for option in options:
+        paths = {pair.partition("=")[0] for pair in option.split()}
+        kept = [word for word in words.split() if word.partition("=")[0] not in paths]
+        configs.check(load(" ".join(kept + option.split())).config, 8)
+    assert len(options) == 4
+
+
+def test_meshes_are_suggested_where_none_would_do(load):
+    with pytest.raises(DeviceError, match=r"; try mesh.data=8, or "):
+        configs.check(load("mesh.data=3 batch.global_size=1 model.attention.heads=1").config, 8)
 
 
 TOKENIZER = {

@@ -206,6 +206,20 @@ def test_no_slower_than_the_spike(schedule, stages, microbatches, ratios):
             assert round(found.time / found.ideal + 1e-9, 2) == ratio
 
 
+def test_uneven_stages_wait_for_the_largest():
+    """GPipe by hand: M Fs of the large stage, the small one's last F and first B in a tick, M Bs of the large one."""
+    found = simulate(GPipe().table(2, 8), Costs(layers=(2, 1)))
+    assert found.time == pytest.approx(8 * 1 + (1 + 2) / 2 + 8 * 2)
+    assert found.ideal == pytest.approx(8 * 3 * (1 + 1 / 2) / 2)
+    assert found.bubble == pytest.approx(1 - 18 / 25.5)
+    chunked = simulate(Interleaved().table(2, 8), Costs(layers=(2, 1, 1, 1)))
+    assert chunked.ideal == pytest.approx(8 * 3 / 2 * (1 + 1 / 2 + 1 / 2 + 1 / 2) / 2)
+    assert chunked.time > chunked.ideal
+    for schedule in SCHEDULES:
+        table = schedule.table(4, 8)
+        assert simulate(table, Costs(layers=(3,) * 4 * table.chunks)) == simulate(table)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Late(Schedule):
     """What a user may add: 1F1B whose backwards wait, for multiples of the stages only."""
@@ -615,6 +629,8 @@ def test_command_line_keeps(capsys):
     assert re.search(r"^waiting weights +6  \(per stage: 1 3 5 6\)$", keeping, re.MULTILINE)
     assert main(words) == 0
     assert "kept operands" not in capsys.readouterr().out
+    assert main(["--stages", "1", "--microbatches", "1"]) == 0
+    assert capsys.readouterr().out.startswith("OneFOneB, 1 stage, 1 microbatch\n")
 
 
 @pytest.mark.parametrize(
@@ -630,6 +646,7 @@ def test_command_line_keeps(capsys):
         (["--stages", "0"], 64, "--stages 0 must be at least 1."),
         (["--microbatches", "many"], 64, "argument --microbatches: invalid int value: 'many'."),
         (["--costs", "1", "0", "1"], 64, "--costs must be three positive numbers, such as --costs 1 2 1."),
+        (["--draw", "out.png"], 64, "--draw out.png must end in .svg, the only format drawn."),
         (["--draw", "/nowhere/out.svg"], 73, "/nowhere/out.svg cannot be written: No such file or directory."),
     ],
     ids=str,

@@ -14,6 +14,7 @@ import runs
 
 from mtx import config as configs
 from mtx import train
+from mtx.train.build import pipeline_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -175,3 +176,45 @@ def test_every_config_lowers(path: Path):
     count = configs.microbatches(config, dict(program.mesh.shape))
     text = program.lower_train_step(count, rows, config.batch.sequence_length).as_text()
     assert "stablehlo.all_reduce" in text or "sdy.all_reduce" in text
+
+
+UNEVEN = "OneFOneB, 4 stages of 1 or 2 layers (padded to 8), 14 ticks, idle"
+CHUNKS = "Interleaved(chunks=2), 4 stages of 2 x 1 layer, 26 ticks, idle 16% of the time"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        (
+            "gpipe",
+            "",
+            "GPipe, 4 stages of 1 layer, 21 ticks, idle 27% of the time; inputs of 8 microbatches held",
+        ),
+        ("one_f_one_b", "", f"{UNEVEN} 36% of the time; activations of 7 microbatches held"),
+        (
+            "one_f_one_b",
+            "model.layers=8",
+            "OneFOneB, 4 stages of 2 layers, 14 ticks, idle 27% of the time; activations",
+        ),
+        ("interleaved", "", f"{CHUNKS}; activations of 11 microbatches held, each of one chunk"),
+        (
+            "gpipe",
+            "batch.micro_size=None",
+            "GPipe, 4 stages of 1 layer, 7 ticks, idle 75% of the time; inputs of 1 microbatch held; "
+            "a smaller batch.micro_size makes more microbatches",
+        ),
+        (
+            "gpipe",
+            "batch.global_size=8",
+            "GPipe, 4 stages of 1 layer, 13 ticks, idle 43% of the time; inputs of 4 microbatches held; "
+            "a larger batch.global_size makes more microbatches",
+        ),
+        ("gpipe", "batch.global_size=2 batch.micro_size=None", "a larger batch.global_size makes more microbatches"),
+    ],
+)
+def test_what_a_pipeline_costs_is_said(name: str, words: str, said: str):
+    config = configs.load(str(ROOT / "configs" / "debug" / f"{name}.py"), words.split()).config
+    program = train.build(config, jax.devices())
+    text = pipeline_text(program, config.batch, configs.microbatches(config, dict(program.mesh.shape)))
+    assert said in text
+    assert ("makes more" in text) == ("makes more" in said)

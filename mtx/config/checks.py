@@ -14,7 +14,7 @@ from mtx.config.schema import is_config, join, show
 from mtx.errors import Checked, ConfigError, DeviceError
 from mtx.layers import Learned
 from mtx.layout import LAYER, RESIDUAL_TIME, STAGES, BoundLayout
-from mtx.mesh import batch_shards
+from mtx.mesh import MeshConfig, batch_shards
 from mtx.mesh import sizes as mesh_sizes
 from mtx.spmd import Compiled
 from pallas_kernels.attention import Chip
@@ -37,7 +37,7 @@ def check(config: Config, num_devices: int | None = None) -> None:
     idle = None
     if num_devices is not None and sizes:
         try:
-            sizes = mesh_sizes(config.mesh, num_devices)
+            sizes = mesh_sizes(config.mesh, num_devices, lambda tried: not _of_mesh(config, tried, num_devices, wrong))
         except DeviceError as error:
             idle, sizes = error, {}
     for needs, question in _QUESTIONS:
@@ -46,6 +46,13 @@ def check(config: Config, num_devices: int | None = None) -> None:
     if idle is not None and not problems:
         raise idle
     raise_all(problems + ([str(idle)] if idle else []))
+
+
+def _of_mesh(config: Config, sizes: dict[str, int], num_devices: int, wrong: set[str]) -> list[str]:
+    """What would be wrong on a mesh of these sizes."""
+    questions = [question for needs, question in _QUESTIONS if "mesh" in needs and not wrong & set(needs)]
+    config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
+    return [text for question in questions for text in question(_Case(config, sizes, num_devices))]
 
 
 def _types(value: Any, annotation: Any, path: str) -> Iterator[Said]:
@@ -335,8 +342,9 @@ def _tensor_parallel(case: _Case) -> Iterator[str]:
             where += f" (the vocabulary, padded, has {size} rows)"
         value = model.vocab_multiple if dimension == "vocab" else size
         changes = [case.mesh("model", n) for n in _divisors(math.gcd(size, parts))] if axes == ("model",) else []
-        hints = [f"{path}={_either(tries[:2])}"] if tries else []
-        hints += ["layout.vocabulary=replicated"] if STAGES in axes and not size % layout.size("model") else []
+        # The layout first: another size is another model, which no checkpoint fits.
+        hints = ["layout.vocabulary=replicated"] if STAGES in axes and not size % layout.size("model") else []
+        hints += [f"{path}={_either(tries[:2])}"] if tries else []
         hints += [change for change in changes[-2:] if change] or ([] if tries else ["another mesh"])
         yield f"{path}={value} does not divide over {where}; try {', or '.join(hints)}."
 

@@ -34,7 +34,7 @@ from mtx.mesh import MeshConfig
 from mtx.metrics import Reporting
 from mtx.model import Transformer
 from mtx.optim import AdamW, Lion, Sgd
-from mtx.pipeline import GPipe, Interleaved, OneFOneB, ZeroBubble
+from mtx.pipeline import AnySchedule, OneFOneB
 from mtx.spmd import Compiled, Manual, Precision
 from pallas_kernels.masks import Mask
 
@@ -91,7 +91,7 @@ class Config:
     """How devices are arranged."""
     layout: Layout = Layout()
     """How weights and activations are split over the mesh."""
-    pipeline: GPipe | OneFOneB | Interleaved | ZeroBubble = OneFOneB()
+    pipeline: AnySchedule = OneFOneB()
     """In which order microbatches go through the stages, where mesh.pipeline is above 1."""
     partition: Manual | Compiled = Manual()
     """Who writes the collectives."""

@@ -45,6 +45,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("stages", "microbatches"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name} {getattr(flags, name)} must be at least 1.")
+    if flags.draw is not None and flags.draw.suffix != ".svg":
+        raise ConfigError(f"--draw {flags.draw} must end in .svg, the only format drawn.")
     flags.costs = flags.costs or [1.0, 1.0 if flags.keep else 3.0, 1.0]
     if min(flags.costs) <= 0:
         raise ConfigError("--costs must be three positive numbers, such as --costs 1 2 1.")
@@ -97,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
         costs = Costs(forward=forward, backward=backward, weight=weight)
         table = schedule.table(flags.stages, flags.microbatches, keeps=flags.keep)
         found = simulate(table, costs)
-        title = f"{str(schedule).removesuffix('()')}, {flags.stages} stages, {flags.microbatches} microbatches"
+        title = f"{str(schedule).removesuffix('()')}, {flags.stages} stage{'s' if flags.stages > 1 else ''}, "
+        title += f"{flags.microbatches} microbatch{'es' if flags.microbatches > 1 else ''}"
         print(title, draw.text(table, shutil.get_terminal_size().columns), figures(table, found, costs), sep="\n\n")
         if flags.draw is not None:
             said = f"{title}: {found.ticks} ticks, bubble {found.bubble:.1%}"

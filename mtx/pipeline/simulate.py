@@ -18,13 +18,17 @@ class Costs:
     """Gradient of the input. A B that computes its stage anew has the forward in it too."""
     weight: float = 1.0
     """Gradient of the weights; part of B in a table without W."""
+    layers: tuple[int, ...] | None = None
+    """Of each virtual stage, where they differ: the times are then of one with the most. None: all alike."""
 
     def of(self, table: Table) -> np.ndarray:
         """How long each stage works in each tick, float [ticks, stages]."""
-        at = table.columns
+        at, stage = table.columns, np.arange(table.stages)
+        layers = np.reshape(self.layers or (1,) * (table.chunks * table.stages), (table.chunks, table.stages))
+        share = layers / layers.max() / table.chunks
         backward = self.backward if table.has_weight_jobs else self.backward + self.weight
-        work = self.forward * (at.f_mb >= 0) + backward * (at.b_mb >= 0) + self.weight * (at.w_mb >= 0)
-        return work / table.chunks
+        jobs = (self.forward, at.f_chunk), (backward, at.b_chunk), (self.weight, at.w_chunk)
+        return np.sum([cost * np.where(chunk == NOTHING, 0.0, share[chunk, stage]) for cost, chunk in jobs], axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class Figures:
     time: float
     """In lock step: every tick takes as long as its slowest stage."""
     ideal: float
-    """Of a stage that never waits: its work alone."""
+    """Of stages that never wait: their work alone, on average."""
     stash: tuple[int, ...]
     """The most inputs that each stage holds at once."""
     gradients: tuple[int, ...]
@@ -47,7 +51,7 @@ class Figures:
 
     @property
     def bubble(self) -> float:
-        """The share of the time in which a stage waits, 0 to 1."""
+        """The share of the time in which stages wait, on average, 0 to 1."""
         return 1.0 - self.ideal / self.time
 
 
@@ -77,7 +81,7 @@ def simulate(table: Table, costs: Costs = Costs()) -> Figures:
     return Figures(
         ticks=table.ticks,
         time=float(work.max(axis=1).sum()),
-        ideal=float(work.sum(axis=0).max()),
+        ideal=float(work.sum(axis=0).mean()),
         stash=tuple(stage.stash.peak for stage in stages),
         gradients=tuple(stage.gradients.peak for stage in stages),
         weights=tuple(stage.weights.peak for stage in stages),

@@ -15,7 +15,7 @@ from data import Loader
 from mtx import config as configs
 from mtx import mesh as meshes
 from mtx.attention import choose_backend
-from mtx.config import Config, Loaded, schema
+from mtx.config import BatchConfig, Config, Loaded, schema
 from mtx.errors import DataError
 from mtx.layout import BoundLayout, Placement
 from mtx.metrics import peak_flops
@@ -130,7 +130,7 @@ def banner(
             f"model       {parameters:,} parameters, {config.model.layers} layers of width {config.model.width}",
             f"batch       {tokens:,} tokens: {config.batch.global_size} x {config.batch.sequence_length} "
             f"in {count} microbatch{'es' if count > 1 else ''}",
-            *([f"pipeline    {_pipeline(program, count)}"] if program.stages > 1 else []),
+            *([f"pipeline    {pipeline_text(program, config.batch, count)}"] if program.stages > 1 else []),
             f"data        {loader.corpus.describe()}",
             *_rows(config, loader),
             *_length(config, loader, steps, samples),
@@ -174,23 +174,27 @@ def _length(config: Config, loader: Loader, steps: int, samples: int) -> list[st
     return [text, *shares]
 
 
-def _pipeline(program: Program, microbatches: int) -> str:
+def pipeline_text(program: Program, batch: BatchConfig, microbatches: int) -> str:
     """The schedule and what it costs, if gradients of inputs, and of weights, take as long as forward."""
     place, remat = program.model.placement, program.model.config.remat
     table = program.schedule.table(place.stages, microbatches, keeps=remat != "stage")
     again = {"full": 1.0, "stage": 2.0}.get(remat, 0.0)  # how often B goes forward
-    found = simulate(table, Costs(backward=1.0 + again))
+    found = simulate(table, Costs(backward=1.0 + again, layers=place.counts))
     layers = " or ".join(str(n) for n in sorted(set(place.counts)))
     layers = (f"{place.chunks} x " if place.chunks > 1 else "") + layers + (" layer" if layers == "1" else " layers")
     padding = "" if place.is_even else f" (padded to {place.rows})"
     held, what = (max(found.kept), "activations") if table.keeps else (max(found.stash), "inputs")
-    idle = f"idle {found.bubble:.0%} of the time"
-    few = "; a smaller batch.micro_size makes more microbatches" if microbatches < 2 * place.stages else ""
-    return (
+    each = ", each of one chunk" if place.chunks > 1 else ""
+    text = (
         str(program.schedule).removesuffix("()")
-        + f", {place.stages} stages of {layers}{padding}, {found.ticks} ticks, {idle}{few}; "
-        f"{what} of {held} microbatches held"
+        + f", {place.stages} stages of {layers}{padding}, {found.ticks} ticks, idle {found.bubble:.0%} of the time; "
+        f"{what} of {held} microbatch{'es' if held != 1 else ''} held{each}"
     )
+    if microbatches >= 2 * place.stages:
+        return text
+    rows = program.layout.size(*program.layout.batch_axes) * microbatches
+    more = "larger batch.global_size" if batch.global_size == rows else "smaller batch.micro_size"
+    return f"{text}; a {more} makes more microbatches"
 
 
 def _saves(config: Config) -> str:
