@@ -14,7 +14,7 @@ VERBS = {  # the module of mtx that holds it, and what it does
     "eval": ("evaluate", "measure a run's newest checkpoint: loss, perplexity, bits per byte"),
     "generate": ("generate", "continue prompts with a run's newest checkpoint"),
     "prepare": ("prepare", "turn text into token shards before training"),
-    "data": ("data_tools", "get a corpus, or measure one: data get, data stats"),
+    "data": ("data_tools", "get a corpus, measure one, or show a sample of a run: data get, stats, show"),
     "doctor": ("doctor", "look for what is wrong with this machine, and say how to mend it"),
 }
 OF_PREPARE = {"--train-tokenizer": "which says what to type for", "--workers": "which may be run before"}

@@ -12,7 +12,7 @@ import pytest
 import runs
 
 import main
-from mtx import command, errors
+from mtx import command, data_tools, errors
 from mtx.config.overrides import FLAGS
 from mtx.errors import ConfigError
 
@@ -321,6 +321,7 @@ def test_help_of_every_verb_names_its_flags_without_a_device(helps, verb):
 
 def test_help_is_known_for_every_verb():
     assert set(OWN) == set(command.VERBS)
+    assert set(data_tools.SUBCOMMANDS) <= set(re.findall(r"\w+", command.VERBS["data"][1]))
 
 
 def test_help_without_a_verb_or_a_config_imports_no_jax():
