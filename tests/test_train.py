@@ -61,6 +61,7 @@ def test_metrics(one_device: tuple[str, Path]):
     assert all(set(row) - {"param_norm"} == ROW for row in steps)
     assert [row["step"] for row in steps if "param_norm" in row] == [2, 4, 6]
     assert [row["tokens"] for row in steps] == [256 * step for step in range(1, 7)]
+    assert steps[1]["step_s"] > 0.3 * min(row["step_s"] for row in steps[2:]), "no step's time is counted before it"
     assert all(row["mfu"] is None for row in steps), "nobody promised a peak for this CPU"
     evaluated = [row for row in rows if "val/loss" in row]
     assert [row["step"] for row in evaluated] == [3, 6]

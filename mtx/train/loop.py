@@ -87,13 +87,16 @@ class Loop:
                 last = self.step == steps
                 if not last:
                     coming = ahead.submit(self.batch)
-                if last or self.step % config.log_every == 0:
-                    values["param_norm"] = self.norm_fn(self.state.params)
+                logged = last or self.step % config.log_every == 0
+                if logged or started:  # compiled with the first step
+                    norm = self.norm_fn(self.state.params)
+                    values |= {"param_norm": norm} if logged else {}
                 self.arrived()
                 self.arriving = self.step, self.samples, self.tokens, values
                 if started:
                     jax.block_until_ready(values)
                     self.console.say(f"compiled and ran the first step in {time.perf_counter() - started:.1f} s")
+                    self.arrived()  # before the next step begins, or its time would count here
                     started = 0.0
                 self.now_and_then(last)
         return self.state
