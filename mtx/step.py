@@ -21,7 +21,7 @@ from mtx.layout import BoundLayout, Weight
 from mtx.losses import CrossEntropy, cross_entropy, pair_loss
 from mtx.model import Batch, Model
 from mtx.optim import Counter, Optimizer, Progress
-from mtx.pipeline import Engine, OneFOneB, Parts, Schedule, to_order, to_rows
+from mtx.pipeline import Engine, Interleaved, OneFOneB, Parts, Schedule, to_order, to_rows
 from mtx.spmd import Compiled, CompiledDoors, Doors, Manual, ManualDoors, Params, map_weights
 from pallas_kernels.masks import Mask, Prefix
 from pallas_kernels.threefry import Words, threefry2x32
@@ -356,6 +356,7 @@ class Program:
 
     def _engine(self, doors: Doors, microbatches: int, forward: bool = False) -> Engine:
         model, config = self.model, self.model.config
+        schedule = self._forward_only if forward else self.schedule
 
         def context(feed: Any) -> Context:
             return model.context(feed[0], doors, self.mask, feed[1])
@@ -372,11 +373,17 @@ class Program:
                 finish=lambda ends, x_BTD, feed: self._loss(doors, ends, model.norm(ends, x_BTD), feed[0]),
             ),
             placement=model.placement,
-            table=self.schedule.table(self.stages, microbatches, keeps=forward or config.remat != "stage"),
+            table=schedule.table(self.stages, microbatches, keeps=forward or config.remat != "stage"),
             weights=self.weights,
             scatter=doors.scatter_microbatch,
             unroll=config.unroll,
         )
+
+    @property
+    def _forward_only(self) -> Schedule:
+        """For evaluation: it takes any count of microbatches, which the run's own schedule need not."""
+        chunks = self.model.placement.chunks
+        return Interleaved(chunks=chunks) if chunks > 1 else OneFOneB()
 
     # Steps.
 

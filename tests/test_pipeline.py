@@ -10,6 +10,8 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtx.errors import ConfigError
 from mtx.pipeline import (
@@ -74,7 +76,12 @@ def test_tables_are_legal_at_every_size(schedule, keeps):
         assert (table.stages, table.microbatches, table.keeps) == (stages, microbatches, keeps)
         assert (table.rows[[0, -1]] != NOTHING).any(axis=(1, 2)).all()
         assert (table.stash_slots, table.gradient_slots) == (max(found.stash), max(found.gradients))
-        assert (table.weight_slots, table.kept_slots) == (max(found.weights), max(found.kept))
+        assert table.weight_slots == max(found.weights)
+        if stages > 1:
+            assert table.kept_slots == max(found.kept)
+        if keeps:  # no more outputs than wait at once, though other chunks keep something on the last stage too
+            forward, backward = (column[-1] for column in schedule.ticks(stages, microbatches)[:2])
+            assert table.output_slots == max(((forward <= tick) & (tick <= backward)).sum() for tick in forward)
 
 
 def test_a_table_is_constant_int32_with_named_columns():
@@ -244,6 +251,58 @@ def test_a_schedule_of_the_users_own():
     assert Late().nearest(8, 4) == (8,)
     with pytest.raises(ConfigError, match=r"Late cannot take 6 microbatches over 4 stages; try 4 or 8\."):
         Late().table(4, 6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improvised(Schedule):
+    """Any that may be: in each tick a stage does some of what it can, in no order."""
+
+    chunks: int = 2
+    weights: bool = True
+    seed: int = 0
+
+    def per_stage(self):
+        return self.chunks
+
+    def ticks(self, stages, microbatches):
+        random, never = np.random.default_rng(self.seed), 10**6
+        done = {
+            kind: np.full((stages * self.chunks, microbatches), never) for kind in ("FBW" if self.weights else "FB")
+        }
+        at_once, tick = np.zeros((1, microbatches), int), 0
+        while any((when == never).any() for when in done.values()):
+            for kind, when in done.items():
+                there = {
+                    "F": np.concatenate([at_once, done["F"][:-1] + 1]),
+                    "B": np.maximum(done["F"], np.concatenate([done["B"][1:] + 1, at_once])),
+                    "W": done["B"],
+                }[kind]
+                for stage in range(stages):
+                    able = np.argwhere((there <= tick) & (when == never))
+                    able = able[able[:, 0] % stages == stage]
+                    if len(able) and random.random() < 0.8:
+                        when[tuple(random.choice(able))] = tick
+            tick += 1
+        return Ticks(*done.values())
+
+
+@either_way
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(
+    stages=st.integers(1, 4),
+    microbatches=st.integers(1, 6),
+    chunks=st.integers(1, 3),
+    weights=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_whatever_a_user_makes_up_has_slots_and_computes_the_gradients(
+    stages, microbatches, chunks, weights, seed, keeps
+):
+    table = Improvised(chunks=chunks, weights=weights, seed=seed).table(stages, microbatches, keeps=keeps)
+    found = simulate(table)
+    assert (table.stash_slots, table.gradient_slots) == (max(found.stash), max(found.gradients))
+    assert table.weight_slots == max(found.weights)
+    assert wrong(table) < 1e-7
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)

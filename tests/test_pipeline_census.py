@@ -145,6 +145,7 @@ def test_a_vocabulary_on_every_stage():
 def test_later_stages_of_zero_scatter_in_the_tick(zero: int):
     """Stage 2 scatters a backward pass's gradients; stage 3 gathers and scatters layers where they are used."""
     c = pipeline(zero=zero)
+    check_between_stages(c)
     check = c.bytes("reduce-scatter", "data", ticks=True)
     assert check == 4 * c.table.ticks * (c.layers + c.vocabulary)
     gathered = c.bytes("all-gather", "data", ticks=True)

@@ -156,7 +156,8 @@ class Ticks(NamedTuple):
 def lay_out(stages: int, ticks: Ticks, *, keeps: bool = False) -> Table:
     """The table of jobs at given ticks, with the fewest slots on every stage. Dependencies are `simulate`'s to check.
 
-    keeps: whether Fs keep for their Bs what those need; else Bs compute their stage anew from its input.
+    keeps: whether Fs keep for their Bs what those need; else Bs compute their stage anew from its input. On the last
+    stage the kept slots of the last virtual stage come first, and other chunks use none of them: see `output_slots`.
 
     Raises: ValueError for jobs that do not fit into a table: two in one place, or before tick 0.
     """
@@ -170,8 +171,8 @@ def lay_out(stages: int, ticks: Ticks, *, keeps: bool = False) -> Table:
         if tick is not None:
             _refuse_collisions(kind, tick, stage)
 
-    last = max(int(tick.max()) for tick in ticks if tick is not None)
-    rows = np.full((last + 2, stages, len(Row._fields)), NOTHING, np.int32)
+    end = max(int(tick.max()) for tick in ticks if tick is not None)
+    rows = np.full((end + 2, stages, len(Row._fields)), NOTHING, np.int32)
     table = Table(rows=rows, microbatches=microbatches, chunks=virtual // stages)
     at = table.columns
     slot = np.full(forward.shape, NOTHING)
@@ -183,7 +184,9 @@ def lay_out(stages: int, ticks: Ticks, *, keeps: bool = False) -> Table:
     at.b_mb[backward, stage], at.b_chunk[backward, stage] = mb, chunk
     at.b_gslot[backward, stage] = gslot
     if keeps:
-        kept = _slots(stage, forward, backward + 1)
+        last, others = (_slots(stage[v], forward[v], backward[v] + 1) for v in (slice(-1, None), slice(-1)))
+        others[stage[:-1] == stages - 1] += 1 + last.max()  # the last virtual stage's come first, for `output_slots`
+        kept = np.concatenate([others, last])
         at.f_keep[forward, stage], at.b_keep[backward, stage] = kept, kept
     else:
         at.b_slot[backward, stage] = slot

@@ -38,7 +38,7 @@ def halves(f: Callable[..., Any], weights: Sequence[Any], rest: Sequence[Any]) -
         if i not in at_once and (eqn.primitive.name in PRODUCTS or any(v in off_vars for v in _vars(eqn.invars))):
             put_off.append(i)
             off_vars |= set(eqn.outvars)
-    _with_moves(jaxpr, put_off, at_once, gradients)
+    _with_moves(jaxpr, put_off, at_once)
     later_eqns = [jaxpr.eqns[i] for i in sorted(put_off)]
     now_eqns = [eqn for i, eqn in enumerate(jaxpr.eqns) if i not in put_off]
     made_later = {v for eqn in later_eqns for v in eqn.outvars}
@@ -71,7 +71,7 @@ def _needed(eqns: Sequence[Any], results: Sequence[Any]) -> set[int]:
     return found
 
 
-def _with_moves(jaxpr: Any, put_off: list[int], at_once: set[int], gradients: Sequence[Any]) -> None:
+def _with_moves(jaxpr: Any, put_off: list[int], at_once: set[int]) -> None:
     """Puts off too what only moves an operand of what is put off, so that the operand itself is left and no copy."""
     off = set(put_off)
     for i in reversed(range(len(jaxpr.eqns))):
@@ -82,7 +82,7 @@ def _with_moves(jaxpr: Any, put_off: list[int], at_once: set[int], gradients: Se
         users = {j for j, other in enumerate(jaxpr.eqns) if made & set(_vars(other.invars))}
         grows = eqn.outvars[0].aval.size * eqn.outvars[0].aval.dtype.itemsize
         shrinks = eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize
-        if users and users <= off and not made & set(_vars(gradients)) and shrinks <= grows:
+        if users and users <= off and shrinks <= grows:
             off.add(i)
             put_off.append(i)
 
