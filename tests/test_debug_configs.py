@@ -2,10 +2,14 @@
 
 import ast
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import runs
 
 from mtx import config as configs
 from mtx.config import Config
@@ -29,6 +33,17 @@ def test_it_is_legal_on_eight_devices_and_a_lab_note(path):
     note = ast.get_docstring(ast.parse(loaded.source)) or ""
     assert f"python main.py --config {path.relative_to(ROOT)} --devices 8" in note
     assert len(note.split()) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_trains_within_a_minute(path, tmp_path):
+    start = time.perf_counter()
+    command = [sys.executable, "main.py", "--config", path, "--devices", "8", f"workdir={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert time.perf_counter() - start < 60
+    losses = [row["train/loss"] for row in runs.rows(tmp_path) if "train/loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_there_is_one_for_each_schedule_and_one_with_uneven_layers():
