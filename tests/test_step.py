@@ -23,9 +23,9 @@ def one_step(p, state: TrainState, arrays, microbatches: int = 1) -> tuple[Train
     return state, jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2)], ids=str)
-def test_non_finite_gradients_change_only_the_counters(mesh: tuple[int, int, int]):
-    p = toys.program(toys.GPT, mesh, optimizer=OPTIMIZER, zero=2 if mesh[1] > 1 else 0)
+@pytest.mark.parametrize(("mesh", "stages"), [((1, 1, 1), 1), ((1, 4, 2), 1), ((1, 2, 1), 2)], ids=str)
+def test_non_finite_gradients_change_only_the_counters(mesh: tuple[int, int, int], stages: int):
+    p = toys.program(toys.GPT, mesh, optimizer=OPTIMIZER, zero=2 if mesh[1] > 1 else 0, stages=stages)
     arrays = toys.batch()
     params = toys.weights_of(toys.GPT)
     params["ends"]["norm"]["gain_D"][3] = np.inf
