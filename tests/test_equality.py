@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import toys
 
-from mtx import spmd
 from mtx.layout import megatron
 from mtx.model import flatten
 from mtx.optim import AdamW, Constant, Sgd, Steps
-from mtx.spmd import Compiled, Manual, ManualDoors
+from mtx.spmd import Compiled, Manual, ManualDoors, manual, map_weights
 
 MODELS = {"gpt": toys.GPT, "llama": toys.LLAMA, "odd": toys.ODD}
 GRADIENTS = 1e-5
@@ -137,7 +136,7 @@ def test_a_replaced_table_changes_nothing(what: str, model: str):
 # Controls: each breaks one collective of the layout, and the matrix must see it.
 
 BREAKS = {
-    "no sum at the entry": lambda m: m.setattr(spmd, "_sum_gradient", lambda x: x),
+    "no sum at the entry": lambda m: m.setattr(manual, "_sum_gradient", lambda x: x),
     "no sum of norm gains over model": lambda m: m.setattr(
         ManualDoors, "reduce_gradient", lambda self, w, g: jax.lax.psum(g, self.layout.batch_axes)
     ),
@@ -248,7 +247,7 @@ def test_random_bits(mesh: tuple[int, int, int]):
 
     def bits(seed: jax.Array) -> dict:
         key = jax.random.key(seed)
-        return spmd.map_weights(lambda w: jax.random.bits(key, w.shape), p.weights)
+        return map_weights(lambda w: jax.random.bits(key, w.shape), p.weights)
 
     with jax.set_mesh(p.mesh):
         found = jax.jit(bits, out_shardings=p.shardings("weights"))(np.uint32(3))
