@@ -20,7 +20,7 @@ from mtx.layout import STAGES, Placement, Weight
 from mtx.pipeline.residuals import Form, Split, Used, used, zeros_of
 from mtx.pipeline.schedules import NOTHING, Row, Table
 from mtx.pipeline.split import halves
-from mtx.spmd import Params, VirtualStage, map_weights, this_stage, to_next_stage, to_stage_before
+from mtx.spmd import Params, VirtualStage, after, map_weights, this_stage, to_next_stage, to_stage_before
 
 Feed = Any
 """What the model reads of a microbatch, besides activations: a tree of arrays."""
@@ -233,7 +233,8 @@ class _Run:
             (found,) = jax.vjp(embed, self.embeds.take(self.ends))[1](gx_BTD)
             return self._plus(carry.ends, self.embeds, found)
 
-        return carry._replace(ends=lax.cond(place.is_first, run, lambda: carry.ends))
+        is_first = after(carry.layers, place.is_first)  # both may scatter gradients, which must not meet
+        return carry._replace(ends=lax.cond(is_first, run, lambda: carry.ends))
 
     def _plus(self, ends: Params, used: Used, found: list[jax.Array]) -> Params:
         weights = used.take(self.engine.weights["ends"])

@@ -15,7 +15,7 @@ On one device both do nothing but multiply.
 from mtx.spmd.compiled import CompiledDoors
 from mtx.spmd.doors import Compiled, Doors, Manual, Params, Precision, map_weights
 from mtx.spmd.manual import ManualDoors
-from mtx.spmd.stages import VirtualStage, relay, this_stage, to_next_stage, to_stage_before
+from mtx.spmd.stages import VirtualStage, after, relay, this_stage, to_next_stage, to_stage_before
 
 __all__ = [
     "Compiled",
@@ -26,6 +26,7 @@ __all__ = [
     "Params",
     "Precision",
     "VirtualStage",
+    "after",
     "map_weights",
     "relay",
     "this_stage",

@@ -60,3 +60,18 @@ def to_stage_before(x: jax.Array) -> jax.Array:
     """What each stage holds, moved one stage back; the first stage's goes to the last."""
     stages = lax.axis_size(STAGES)
     return lax.ppermute(x, STAGES, [(i, (i - 1) % stages) for i in range(stages)])
+
+
+def after(done: Any, predicate: jax.Array) -> jax.Array:
+    """`predicate`, which a CPU knows only once it has the float arrays of `done`.
+
+    XLA's CPU runtime may start collectives behind a condition while others beside it go on, and takes one for the other
+    if both are of a kind, over the same devices. It drops `lax.optimization_barrier` before it orders anything; what a
+    value is needed for, it must compute.
+    """
+
+    def wait(predicate: jax.Array, *done: jax.Array) -> jax.Array:
+        some = sum(x.reshape(-1)[0] for x in done)
+        return predicate & ((some == some) | (some != some))
+
+    return lax.platform_dependent(predicate, *jax.tree.leaves(done), cpu=wait, default=lambda predicate, *_: predicate)
