@@ -17,7 +17,7 @@ from mtx import decode
 from mtx.command import run_folder
 from mtx.decode import Sampling
 from mtx.errors import ConfigError, DataError
-from mtx.train import Opened, keep_compiled, open_run, talk, validate
+from mtx.train import Opened, open_run, talk, validate
 
 LONGER = 2
 """An answer is cut off when it is so many times as long as the longest right one."""
@@ -36,7 +36,6 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     if flags.metrics is not None:
         refuse_metrics(folder, overrides, flags)
     talk()
-    keep_compiled()
     run = open_run(folder, overrides, flags.step)
     eval_fn = jax.jit(run.program.eval_sums)
     with jax.set_mesh(run.program.mesh):

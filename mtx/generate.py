@@ -19,7 +19,7 @@ from mtx.decode import Sampling
 from mtx.errors import ConfigError
 from mtx.spmd import Params
 from mtx.step import Program
-from mtx.train import keep_compiled, open_run, talk
+from mtx.train import open_run, talk
 
 log = logging.getLogger("mtx")
 
@@ -68,7 +68,6 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
 
     def opened() -> tuple[Program, Params, Loader]:
         talk()
-        keep_compiled()
         run = open_run(folder, overrides, flags.step)
         return run.program, run.params, run.loader
 

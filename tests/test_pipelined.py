@@ -3,6 +3,10 @@
 import dataclasses
 import functools
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -347,3 +351,32 @@ def test_where_layers_lie(layers: int, stages: int, chunks: int, counts: tuple[i
     assert place.in_order == (rows == list(range(layers)))
     weights = flatten(Model(dataclasses.replace(toys.GPT, layers=layers), place).weights["layers"])
     assert {w.shape[0] for w in weights.values()} == {len(rows)} == {place.rows}
+
+
+LOADED_BACK = """
+import conftest, jax, numpy as np, toys
+from mtx.optim import AdamW, Constant
+
+optimizer = AdamW(schedule=Constant(peak_lr=1e-2))
+p = toys.program(toys.GPT, (1, 2, 1), zero=2, stages=2, optimizer=optimizer)
+state, batch, count = toys.state_of(p, toys.weights_of(toys.GPT)), toys.place(p, toys.batch(), 2), np.int32(2)
+with jax.set_mesh(p.mesh):
+    for steps in (1, 30):  # compiled, then from the compile cache
+        step = p.compile_train_step()
+        for _ in range(steps):
+            state, metrics = jax.block_until_ready(step(state, batch, count))
+        jax.clear_caches()
+print(metrics["train/loss"])
+"""
+
+
+def test_a_stage_of_one_layer_loaded_back_does_not_hang(tmp_path: Path):
+    """Loaded back, XLA's CPU program orders only what depends on one another: in its own process, which a hang ends."""
+    flags = "--xla_cpu_collective_call_terminate_timeout_seconds=20"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_BACK], env=env, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert np.isfinite(float(done.stdout))
+    assert any(entry.name.startswith("jit_train_step") for entry in tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -219,3 +220,17 @@ def test_what_a_pipeline_costs_is_said(name: str, words: str, said: str):
     text = pipeline_text(program, config.batch, configs.microbatches(config, dict(program.mesh.shape)))
     assert said in text
     assert ("makes more" in text) == ("makes more" in said)
+
+
+@pytest.mark.parametrize(("devices", "kept"), [(1, True), (2, jax.__version_info__ < (0, 11))])
+def test_what_cpus_compiled_is_kept_where_it_can_be_loaded_back(devices: int, kept: bool, tmp_path: Path):
+    program = (
+        "import jax, numpy; from mtx.train.cache import keep_compiled; keep_compiled();"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
+        "jax.jit(lambda x: x + 1)(numpy.zeros(3))"
+    )
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    env.pop("JAX_COMPILATION_CACHE_DIR")
+    subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, check=True)
+    assert any(tmp_path.glob("mtx/compile/jit_*")) == kept

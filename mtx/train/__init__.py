@@ -4,11 +4,11 @@ import argparse
 
 from mtx.config import Cluster, load
 from mtx.train.build import build, load_data
-from mtx.train.run import keep_compiled, run, talk
+from mtx.train.run import run, talk
 from mtx.train.saved import Opened, open_run
 from mtx.train.validation import validate
 
-__all__ = ["Opened", "build", "keep_compiled", "load_data", "main", "open_run", "run", "talk", "validate"]
+__all__ = ["Opened", "build", "load_data", "main", "open_run", "run", "talk", "validate"]
 
 
 def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:

@@ -24,6 +24,7 @@ from mtx.errors import CheckpointError, ConfigError, DataError, DeviceError
 from mtx.mesh import MeshConfig
 from mtx.step import Program, TrainState
 from mtx.train.build import build, load_data, mesh_text
+from mtx.train.cache import keep_compiled
 
 log = logging.getLogger("mtx")
 
@@ -260,6 +261,7 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
     Raises: ConfigError, DeviceError, DataError, CheckpointError.
     """
     config = configs.override(configs.read_config(folder), words)
+    keep_compiled()
     count = jax.device_count()
     named = any(word.lstrip("-").startswith("mesh") for word in words)
     if not named and not _fits(config, count):
