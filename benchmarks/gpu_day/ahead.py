@@ -1,0 +1,76 @@
+"""Compiles what the day runs on an H200, with the CUDA compiler, on a machine that has none.
+
+    python -m benchmarks.gpu_day.ahead          # kernels and steps; needs the extra [aot]
+
+cuDNN is left out: its plans are made on the device.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the CUDA plugin is asked for its compiler alone
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.gpu_day.cases import Day, LeftOut
+from benchmarks.gpu_day.kernels_fast import shapes
+from benchmarks.gpu_day.kernels_right import HOPPER, Call, calls
+from benchmarks.gpu_day.models import config_of, program_of
+from benchmarks.gpu_day.step_fast import FIRST, SEARCH, Setup, describe
+from benchmarks.gpu_day.step_right import SHAPES
+from pallas_kernels.masks import Documents
+from tests import aot
+
+
+def programs() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names, and functions that compile."""
+    day = Day(chip=HOPPER)
+    for call in calls(day):
+        if not isinstance(call, LeftOut) and call.backend != "cudnn":
+            yield f"{call.form}, {call.mask}, {call.shape}", partial(compile_call, call)
+    for shape in shapes(day):
+        call = Call(backend="hopper", mask=shape.mask, queries=shape.time, heads=(shape.heads, shape.kv_heads))
+        if not shape.mask.has(Documents):  # their segments are made for the shorter calls above
+            yield f"{call.form}, {call.mask}, {call.shape}", partial(compile_call, call)
+    for name, (rows, time_T) in SHAPES.items():
+        yield f"step of {name}", partial(compile_step, Setup(name, time_T, rows))
+    for setup in (*FIRST, *SEARCH):
+        yield f"step of {describe(setup)}", partial(compile_step, setup)
+
+
+def compile_call(call: Call) -> Any:
+    """Compiles both passes of an attention call."""
+    call = replace(call, chip=HOPPER)
+    at = SingleDeviceSharding(aot.cuda_devices(1)[0])
+
+    def run(q, k, v, dout):
+        out, back = jax.vjp(call.attend, q, k, v)
+        return out, *back(dout)
+
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=at) for shape in call.shapes()]
+    return jax.jit(run).lower(*inputs).compile()
+
+
+def compile_step(setup: Setup) -> Any:
+    """Compiles a train step with the hopper kernels, which the default would leave to cuDNN."""
+    config = config_of(setup.model, rows=setup.rows, time=setup.time, backend="hopper", remat=setup.remat)
+    program = program_of(config, aot.cuda_devices(1))
+    return program.lower_train_step(1, setup.rows, setup.time).compile()
+
+
+def main() -> None:
+    print(f"jax {jax.__version__}\n\n| program | compile s | temporaries GiB |\n|---|---|---|")
+    for name, run in programs():
+        start = time.perf_counter()
+        temporaries = run().memory_analysis().temp_size_in_bytes / 2**30
+        print(f"| {name} | {time.perf_counter() - start:.1f} | {temporaries:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
