@@ -10,6 +10,7 @@ product of the same dtype in the same run.
 """
 
 import argparse
+import contextlib
 import datetime as dt
 import os
 import statistics
@@ -130,6 +131,10 @@ def tokamax(shape: Shape, arrays: list[jax.Array]) -> Timed:
     return jitted(lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=shape.mask == Causal()), arrays)
 
 
+SDPA_KERNELS = {"SDPA by cuDNN": "CUDNN_ATTENTION", "SDPA by FlashAttention 2": "FLASH_ATTENTION"}
+"""Rivals that name one of torch's kernels; plain `SDPA` lets torch choose."""
+
+
 def torch_rival(which: str, shape: Shape, arrays: list[jax.Array]) -> Timed:
     import torch  # pyrefly: ignore[missing-import]
 
@@ -140,14 +145,21 @@ def torch_rival(which: str, shape: Shape, arrays: list[jax.Array]) -> Timed:
         torch.tensor(np.asarray(x, np.float32)).permute(order).contiguous().to(device, dtype) for x in arrays
     )
     grouped = shape.heads != shape.kv_heads
-    if which == "SDPA":
+    if which.startswith("SDPA"):
         if shape.mask in (Causal(), Full()):
             options: dict = {"is_causal": shape.mask == Causal()}
         else:
             options = {"attn_mask": torch.tensor(np.asarray(shape.bound().dense()))[:, None].to(device)}
 
+        which_kernel = contextlib.nullcontext
+        if which in SDPA_KERNELS:
+            from torch.nn.attention import SDPBackend, sdpa_kernel  # pyrefly: ignore[missing-import]
+
+            which_kernel = partial(sdpa_kernel, SDPBackend[SDPA_KERNELS[which]])
+
         def attend(q, k, v):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
+            with which_kernel():
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
 
     elif which == "FlexAttention":
         from torch.nn.attention.flex_attention import (  # pyrefly: ignore[missing-import]

@@ -11,6 +11,7 @@ def cases(day: Day) -> Iterator[Case | LeftOut]:
     yield Case(name="first", run=lambda: {"answer": 1}, expected_s=0)
     yield Case(name="hangs", run=hang, expected_s=0, limit_s=1.0, form="kernel a")
     yield Case(name="after the hang", run=lambda: {"answer": 2}, expected_s=0, form="kernel a")
+    yield Case(name="wrong", run=lambda: {"value": 5, "failed": "it is not 4"}, expected_s=0)
     yield Case(name="dies", run=lambda: os._exit(7), expected_s=0)
     yield Case(name="raises", run=lambda: {"answer": int("none")}, expected_s=0, form="kernel b")
     yield Case(name="after the error", run=lambda: {"answer": 3}, expected_s=0, form="kernel b")

@@ -1,5 +1,6 @@
 """The day with a GPU where there is none: parts at toy sizes, what a broken case costs, and ahead-of-time compiles."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -41,15 +42,23 @@ def left_out(part, day=TOY) -> dict[str, str]:
         (where, "machine", {"device", "jax", "jaxlib", "numpy"}),
         (where, "rates", {"matmul TFLOP/s", "copy TB/s"}),
         (kernels_right, "chunked 64, Causal, T 65, heads 8:2", {"error of dq_BTNH (of plain)"}),
-        (kernels_right, "chunked 64, 3 repeats are bit-equal", {"elements that changed"}),
+        (kernels_right, "chunked 64, 3 repeats are bit-equal, T 65, heads 8:2", {"elements that changed"}),
         (kernels_fast, "causal 128, chunked", {"forward TFLOP/s", "backward % of matmul"}),
-        (step_right, "quickstart, float32", {"worst difference"}),
-        (step_fast, "quickstart, 2 x 64, mtx, auto", {"tokens/s", "host ms", "compile s", "MFU, causal halved"}),
+        (step_right, "quickstart, float32, plain", {"worst difference"}),
+        (step_fast, "quickstart, 2 x 64, mtx, chunked", {"tokens/s", "host ms", "compile s", "MFU, causal halved"}),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in [
-                (kernels_right, "chunked 64, NaN in the next row changes nothing", {"elements that changed"}),
-                (kernels_right, "chunked 64, Causal & Documents, T 64, heads 8:2", {"error of dq_BTNH (of plain)"}),
+                (
+                    kernels_right,
+                    "chunked 64, NaN in the next row changes nothing, T 65, heads 8:2",
+                    {"elements that changed"},
+                ),
+                (
+                    kernels_right,
+                    "chunked 64 documents, Causal & Documents, T 64, heads 8:2",
+                    {"error of dq_BTNH (of plain)"},
+                ),
                 (kernels_right, "tpu 64, Causal, T 128, heads 8:2", {"error of dq_BTNH (of plain)"}),
                 (step_right, "quickstart, bfloat16, chunked", {"plain's last", "notes"}),
                 *((meshes, f"{kind} over 8 devices", {"tokens/s", "GB/s by axis"}) for kind in meshes.KINDS),
@@ -92,25 +101,29 @@ def test_a_moved_loss_is_found(monkeypatch):
     stored = json.loads(step_right.LOSSES.read_text())["quickstart"]
     moved = [x * (1 + 2e-4 * (i == 3)) for i, x in enumerate(stored)]
     monkeypatch.setattr(step_right, "losses", lambda *_: moved)
-    assert "step 4" in step_right.as_on_the_cpu("quickstart")["failed"]
+    assert "step 4" in step_right.as_on_the_cpu("quickstart", "plain")["failed"]
 
 
-def test_tuning_goes_through_the_fields_and_keeps_the_best():
-    row = {}
-    for case in tuning.cases(TOY):
-        row = case.run()
-    assert row["forward and backward ms"] > 0
-    notes = [case for case in tuning.cases(TOY) if not isinstance(case, cases.LeftOut)]
-    assert len({case.name for case in notes}) == len(notes)
+def test_tuning_keeps_the_quickest_of_this_process_and_of_those_before():
+    """The first process measured two choices, of which the second is quicker than anything can be."""
+    first, second = list(toy_cases(tuning))[:2]
+    results = {first: {tuning.TIME: 5.0}, second: {tuning.TIME: 1e-9}}
+    row, measured = {}, []
+    for last in tuning.cases(dataclasses.replace(TOY, results=results)):
+        measured.append(last.name)
+        row = last.run()
+    assert first not in measured and second not in measured and len(measured) > 2
+    (entry,) = json.loads(row["notes"][0])["cpu"]
+    assert f"q={entry['sizes']['q']}, k={entry['sizes']['k']}" in second
 
 
 def test_forms_that_failed_are_left_out_of_the_later_parts():
     day = cases.Day(chip=kernels_right.HOPPER, broken=frozenset({"hopper 128", "hopper 64"}))
     assert "hopper 128 failed before" in left_out(kernels_fast, day).values()
-    assert step_right.backends(day, 64) == ["cudnn"]
-    assert step_fast.backends(day, "gpt2_124m") == ["auto"]
-    whole = cases.Day(chip=kernels_right.HOPPER)
-    assert step_fast.backends(whole, "megatron_1_7b") == ["auto", "hopper"]
+    cudnn, hopper = step_right.backends(day, 64)
+    assert cudnn == "cudnn" and isinstance(hopper, cases.LeftOut) and "hopper 64 failed" in hopper.why
+    assert "hopper 64 failed before" in left_out(step_fast, day).values()
+    assert list(step_right.backends(cases.Day(chip=kernels_right.HOPPER), 128)) == ["cudnn", "hopper"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +139,7 @@ def test_forms_that_failed_are_left_out_of_the_later_parts():
 def test_each_chip_has_its_kernels(chip, forms):
     found = {case.form for case in kernels_right.cases(cases.Day(chip=chip)) if isinstance(case, cases.Case)}
     assert forms <= found
-    assert not any(form.startswith("hopper") for form in found) or chip.capability == 9.0
+    assert not any(form and form.startswith("hopper") for form in found) or chip.capability == 9.0
 
 
 def test_no_part_imports_what_an_accelerator_image_lacks():
@@ -154,18 +167,18 @@ def test_no_part_imports_what_an_accelerator_image_lacks():
 
 
 def test_a_hang_a_death_and_an_error_cost_one_case_each(tmp_path):
-    day = Run(tmp_path, time.monotonic() + 120)
-    with (tmp_path / "log.txt").open("w") as log:
-        run_part(day, "tests.day_that_breaks", 100, str(tmp_path), log)
+    day = Run(tmp_path, time.monotonic() + 120, cache=str(tmp_path))
+    run_part(day, "tests.day_that_breaks", 100)
     results = {entry["case"]: entry for entry in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
     assert [results[name]["answer"] for name in ("first",)] == [1]
     assert "hangs" in results["hangs"]["failed"]
     assert "kernel a failed before" in results["after the hang"]["left_out"]
     assert "code 7" in results["dies"]["failed"]
+    assert results["wrong"]["value"] == 5 and results["wrong"]["failed"] == "it is not 4"
     assert "ValueError" in results["raises"]["failed"]
     assert "kernel b failed before" in results["after the error"]["left_out"]
     assert results["elsewhere"]["left_out"] == "another chip's"
-    assert "no time" in results["long"]["left_out"]
+    assert "long" not in results and "no time" in day.waiting["day_that_breaks"]["long"]
     assert results["alone"]["process"] != results["last"]["process"]
     assert set(day.broken) == {"kernel a", "kernel b"}
     assert "not an event" in (tmp_path / "log.txt").read_text()
@@ -185,6 +198,27 @@ def test_the_whole_command_and_its_abrupt_end(tmp_path):
     first = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
     assert first["part"] == "where" and first["jax"] == jax.__version__
     assert f"jax {jax.__version__}" in (tmp_path / "results.md").read_text()
+
+
+def test_a_second_run_adds_to_the_folder(tmp_path):
+    first = Run(tmp_path, time.monotonic() + 9, cache="", began="2026-01-01T00:00:00")
+    first.record("where", "machine", {"device": "H", "seconds": 1})
+    first.record("tuning", "a", {"failed": "wrong"})
+    second = Run(tmp_path, time.monotonic() + 9, cache="", began="2026-01-02T00:00:00")
+    (tmp_path / "log.txt").touch()
+    second.read()
+    second.record("tuning", "a", {"ms": 1.0, "seconds": 2})
+    second.write_tables()
+    text = (tmp_path / "results.md").read_text()
+    assert "A day with H" in text and "| a | 1 | 2 |" in text and "wrong" not in text
+    assert second.results("tuning").keys() == {"a"} and not second.results("where")
+
+
+def test_another_device_than_the_day_began_with_is_refused(tmp_path):
+    day = Run(tmp_path, time.monotonic() + 60, cache=str(tmp_path), device="NVIDIA H200")
+    run_part(day, "tests.day_that_breaks", 50)
+    assert {record["case"] for record in day.records} == {"its start"}
+    assert "began with NVIDIA H200" in (tmp_path / "log.txt").read_text()
 
 
 def test_tables_show_failures_notes_and_what_was_left_out():
@@ -216,7 +250,7 @@ def test_only_takes_the_names_of_parts():
 @pytest.mark.parametrize("name", ["quickstart", "gpt2_124m"])
 def test_torch_trains_the_same_number_of_parameters(name):
     pytest.importorskip("torch")
-    row = step_fast.rival(step_fast.Setup(name, 64, 1), is_toy=True)
+    row = step_fast.rival(step_fast.Setup(name, 64, 1, 0), is_toy=True)
     assert "failed" not in row and np.isfinite(row["first loss"])
 
 
@@ -228,7 +262,7 @@ def test_a_step_with_the_hopper_kernels_compiles_for_an_h200():
     aot.require_aot("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     from benchmarks.gpu_day import ahead
 
-    compiled = ahead.compile_step(step_fast.Setup("quickstart", 128, 8))
+    compiled = ahead.compile_step(step_fast.Setup("quickstart", 128, 8, 0))
     assert compiled.as_text().count("mosaic_gpu") >= 3
 
 

@@ -21,27 +21,43 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.gpu_day.cases import Day, LeftOut
 from benchmarks.gpu_day.kernels_fast import shapes
-from benchmarks.gpu_day.kernels_right import HOPPER, Call, calls
+from benchmarks.gpu_day.kernels_right import HOPPER, KEYS_64, Call, calls, repeated
 from benchmarks.gpu_day.models import config_of, program_of
-from benchmarks.gpu_day.step_fast import FIRST, SEARCH, Setup, describe
+from benchmarks.gpu_day.step_fast import SETUPS, Setup, describe
 from benchmarks.gpu_day.step_right import SHAPES
-from pallas_kernels.masks import Documents
+from benchmarks.gpu_day.tuning import targets
+from benchmarks.tune_attention import search
+from pallas_kernels.attention import hopper
 from tests import aot
 
 
 def programs() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names, and functions that compile."""
     day = Day(chip=HOPPER)
-    for call in calls(day):
+    for call in (*calls(day), *repeated(day)):
         if not isinstance(call, LeftOut) and call.backend != "cudnn":
             yield f"{call.form}, {call.mask}, {call.shape}", partial(compile_call, call)
+    sizes = hopper.Sizes
     for shape in shapes(day):
-        call = Call(backend="hopper", mask=shape.mask, queries=shape.time, heads=(shape.heads, shape.kv_heads))
-        if not shape.mask.has(Documents):  # their segments are made for the shorter calls above
+        for variant, how in (("", None), ("fused", sizes(fused=True)), ("keys 64", sizes(**KEYS_64))):
+            heads = shape.heads, shape.kv_heads
+            call = Call(backend="hopper", mask=shape.mask, queries=shape.time, heads=heads, sizes=how, variant=variant)
             yield f"{call.form}, {call.mask}, {call.shape}", partial(compile_call, call)
+    for target in targets(day):
+        shape, heads = target.shape, (target.shape.heads, target.shape.kv_heads)
+        for sizes in search(target, {}):
+            call = Call(
+                backend="hopper",
+                queries=shape.time,
+                heads=heads,
+                head_size=shape.head_size,
+                sizes=sizes,
+                variant=f"{sizes}",
+            )
+            yield f"{call.form}, {call.shape}", partial(compile_call, call)
     for name, (rows, time_T) in SHAPES.items():
-        yield f"step of {name}", partial(compile_step, Setup(name, time_T, rows))
-    for setup in (*FIRST, *SEARCH):
+        yield f"step of {name}", partial(compile_step, Setup(name, time_T, rows, 0))
+    for setup in SETUPS:
         yield f"step of {describe(setup)}", partial(compile_step, setup)
 
 
@@ -66,11 +82,12 @@ def compile_step(setup: Setup) -> Any:
 
 
 def main() -> None:
-    print(f"jax {jax.__version__}\n\n| program | compile s | temporaries GiB |\n|---|---|---|")
+    print(f"jax {jax.__version__}\n\n| program | compile s | arguments GiB | temporaries GiB |\n|---|---|---|---|")
     for name, run in programs():
         start = time.perf_counter()
-        temporaries = run().memory_analysis().temp_size_in_bytes / 2**30
-        print(f"| {name} | {time.perf_counter() - start:.1f} | {temporaries:.2f} |", flush=True)
+        size = run().memory_analysis()
+        arguments, temporaries = size.argument_size_in_bytes / 2**30, size.temp_size_in_bytes / 2**30
+        print(f"| {name} | {time.perf_counter() - start:.1f} | {arguments:.1f} | {temporaries:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a part of the day is made of: cases that one process runs one after another."""
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pallas_kernels.attention import Chip
@@ -17,13 +17,13 @@ class Case:
 
     name: str
     run: Callable[[], Row]
-    """Returns the result. An exception is a failure of this case alone."""
+    """Returns the result. An exception is a failure of this case alone, and ends its process."""
     expected_s: float
-    """Seconds on an H200, compiling included. The case is left out where less time is left."""
+    """Seconds on an H200, compiling included. The case waits for a second round where less time is left."""
     limit_s: float | None = None
     """Seconds after which its process is ended; None: four times the expected ones, and at least 45."""
     form: str | None = None
-    """The kernel form that it checks: if it fails, later cases do without that form."""
+    """The kernel form that this case decides about: if it fails, later cases do without that form."""
     process: str = ""
     """Cases that name different processes never share one, as two frameworks that each keep the device's memory."""
 
@@ -36,6 +36,8 @@ class Day:
     """The first device."""
     broken: frozenset[str] = frozenset()
     """Kernel forms that failed a check earlier in the day."""
+    results: Mapping[str, Row] = field(default_factory=dict)
+    """Rows of this part's cases that ran in an earlier process."""
 
     @property
     def is_toy(self) -> bool:

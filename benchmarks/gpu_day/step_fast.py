@@ -4,6 +4,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.gpu_day.cases import Case, Day, LeftOut, Row, form_of, is_installed
+from benchmarks.gpu_day.cases import Case, Day, LeftOut, Row, is_installed
 from benchmarks.gpu_day.models import batches, config_of, program_of
+from benchmarks.gpu_day.step_right import backends
 from mtx.config import Config
 from mtx.metrics import flops_per_token, memory, peak_flops
 from mtx.model import Model
@@ -26,64 +28,54 @@ class Setup(NamedTuple):
     model: str
     time: int
     rows: int
-    remat: Literal["none", "selective", "full"] = "none"
+    gib: float
+    """Memory of a step, as the CUDA compiler counts it for an H200: arguments and temporaries."""
+    remat: Literal["none", "full"] = "none"
 
 
-FIRST = (
-    Setup("gpt2_124m", 1024, 32),
-    Setup("megatron_1_7b", 4096, 4, "selective"),
-    Setup("llama3_8b, 4 layers", 8192, 2, "selective"),
-    Setup("gpt2_345m", 1024, 16),
+SETUPS = (
+    Setup("gpt2_124m", 1024, 32, 26),
+    Setup("megatron_1_7b", 4096, 4, 79),
+    Setup("llama3_8b, 4 layers", 8192, 2, 53),
+    Setup("gpt2_345m", 1024, 16, 36),
+    Setup("gpt2_124m", 1024, 64, 48),
+    Setup("megatron_1_7b", 4096, 8, 27, "full"),
+    Setup("llama3_8b, 4 layers", 8192, 4, 73),
+    Setup("gpt2_345m", 1024, 32, 65),
+    Setup("gpt2_124m", 1024, 16, 15),
+    Setup("gpt2_124m", 1024, 4, 6),
 )
-"""Expected to fit 139 GiB."""
-SEARCH = (
-    Setup("gpt2_124m", 1024, 64),
-    Setup("megatron_1_7b", 4096, 8, "full"),
-    Setup("llama3_8b, 4 layers", 8192, 4, "selective"),
-    Setup("gpt2_345m", 1024, 32),
-    Setup("gpt2_124m", 1024, 16),
-    Setup("megatron_1_7b", 4096, 4),
-)
-"""Other batches and remat, tried with the time that is left."""
-SMALL = (Setup("gpt2_124m", 1024, 4, "full"), Setup("gpt2_124m", 1024, 8, "full"), Setup("gpt2_124m", 1024, 16, "full"))
-"""For chips of less than 80 GB."""
-TOY = (Setup("quickstart", 64, 2),)
+"""Each model once, then other batches and remat for it, with the time that is left."""
+TOY = (Setup("quickstart", 64, 2, 0),)
 STEPS = 6
 """Steps of each of three timed rounds."""
 GIB = 2.0**30
 
 
 def cases(day: Day) -> Iterator[Case | LeftOut]:
-    if day.is_toy:
-        first, search = TOY, ()
-    elif (stats := jax.devices()[0].memory_stats()) and stats.get("bytes_limit", 0) < 70 * GIB:
-        first, search = SMALL[:1], SMALL[1:]
-    else:
-        first, search = FIRST, SEARCH
-    torch = is_installed("torch") and day.chip.platform != "tpu"
+    stats = jax.devices()[0].memory_stats() or {}
+    limit_gib = stats.get("bytes_limit", np.inf) / GIB
+    expected_s, torch = (5.0, 5.0) if day.is_toy else (25.0, 50.0), day.chip.platform != "tpu" and is_installed("torch")
     if not torch:
         yield LeftOut(name="torch", why="it is not installed, or this is a TPU")
-    for setups in (first[:2], first[2:], search):
-        for setup in setups:
-            for backend in backends(day, setup.model) if setup in first[:2] else ("auto",):
-                name = f"{describe(setup)}, mtx, {backend}"
-                run = partial(ours, setup, backend, day.is_toy)
-                yield Case(name=name, run=run, expected_s=5 if day.is_toy else 25, process="mtx")
-        for setup in setups if torch else ():
-            run = partial(rival, setup, day.is_toy)
-            yield Case(name=f"{describe(setup)}, torch", run=run, expected_s=5 if day.is_toy else 40, process="torch")
+    for setup in TOY if day.is_toy else SETUPS:
+        if setup.gib > limit_gib:
+            yield LeftOut(name=describe(setup), why=f"it needs {setup.gib} GiB, and there are {limit_gib:.0f}")
+            continue
+        for backend in backends(day, 64 if setup.model.startswith(("gpt2", "quickstart")) else 128):
+            if isinstance(backend, LeftOut):
+                yield replace(backend, name=f"{describe(setup)}, mtx, {backend.name}")
+            else:
+                name, run = f"{describe(setup)}, mtx, {backend}", partial(ours, setup, backend, day.is_toy)
+                yield Case(name=name, run=run, expected_s=expected_s[0], process=describe(setup))
+        if torch and setup.remat == "none":
+            name, run = f"{describe(setup)}, torch", partial(rival, setup, day.is_toy)
+            yield Case(name=name, run=run, expected_s=expected_s[1], process=name)
 
 
 def describe(setup: Setup) -> str:
     remat = "" if setup.remat == "none" else f", remat {setup.remat}"
     return f"{setup.model}, {setup.rows} x {setup.time}{remat}"
-
-
-def backends(day: Day, model: str) -> list[BackendName]:
-    """The default first; on Hopper, whose default is cuDNN, our own kernels too."""
-    head = 64 if model.startswith("gpt2") else 128
-    hopper = day.chip.capability == 9.0 and form_of("hopper", head) not in day.broken
-    return ["auto", "hopper"] if hopper else ["auto"]
 
 
 def ours(setup: Setup, backend: BackendName, is_toy: bool) -> Row:
@@ -127,10 +119,12 @@ def _ours(setup: Setup, backend: BackendName, is_toy: bool) -> Row:
         operations = largest_operations(lambda: step(state, batch, count))
     peak_bytes = used[0] if used and before and used[0] > before[0] else None  # else it is an earlier case's
     row = rates(config, program, statistics.median(rounds), statistics.median(host), compile_s, peak_bytes)
-    if (compiled := step.memory_analysis()) is not None:
-        row["temporaries GiB"] = compiled.temp_size_in_bytes / GIB
+    if (size := step.memory_analysis()) is not None:
+        whole = size.argument_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes
+        row |= {"arguments GiB": whole / GIB, "temporaries GiB": size.temp_size_in_bytes / GIB}
     row["first loss"] = first_loss
-    return row | {"notes": [f"largest operations: {'; '.join(operations)}"] if operations else []}
+    operations = operations or ["the profile shows no device"]
+    return row | {"notes": [f"largest operations: {'; '.join(operations)}"]}
 
 
 def rates(

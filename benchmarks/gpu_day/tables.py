@@ -13,6 +13,7 @@ TITLES = {
     "meshes": "Several chips",
     "tuning": "Tile sizes",
 }
+NO_COLUMNS = ("part", "run", "notes", "failed", "seconds")
 
 
 def markdown(records: Sequence[dict[str, Any]], date: str) -> str:
@@ -25,8 +26,8 @@ def markdown(records: Sequence[dict[str, Any]], date: str) -> str:
 
 
 def _part(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    rows = [record for record in records if not {"failed", "left_out"} & record.keys()]
-    columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("part", "notes", "seconds")))
+    rows = [record for record in records if "seconds" in record]
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in NO_COLUMNS))
     if rows:
         yield f"| {' | '.join(columns)} | seconds |"
         yield "|---" * (len(columns) + 1) + "|"
