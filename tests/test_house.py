@@ -20,7 +20,7 @@ PACKAGES = ("mtx", "pallas_kernels", "data", "configs")
 OURS = {*PACKAGES, "main", "tests", "benchmarks"}
 
 # A module of mtx imports only modules before it. Add a new one where it belongs, here and in the README's tree.
-VERBS = ("evaluate", "generate", "prepare", "data_tools", "convert", "doctor", "launch", "compare")
+VERBS = ("train", "evaluate", "generate", "prepare", "data_tools", "convert", "doctor", "launch", "compare")
 ORDER = (
     *(
         "errors",
@@ -37,12 +37,12 @@ ORDER = (
         "losses",
         "optim",
     ),
-    *("pipeline", "step", "decode", "checkpoint", "metrics", "config", "plan", "train"),
+    *("pipeline", "step", "decode", "checkpoint", "metrics", "config", "building", "validation", "plan"),
     *VERBS,
 )
 MAY_IMPORT_KERNELS = {"attention", "moe", "losses", "optim"}
 FOR_EVERYBODY = {"pallas_kernels.masks", "pallas_kernels.threefry", "pallas_kernels.attention"}
-MAY_IMPORT_DATA = {"config", "train", *VERBS}
+MAY_IMPORT_DATA = {"config", "building", "validation", *VERBS}
 
 # Test files that are about no single module.
 CROSS_CUTTING = {"house", "data", "equality", "census", "parity", "processes", "debug_configs"}

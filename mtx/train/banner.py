@@ -1,108 +1,15 @@
-"""From a config to what runs: the program, the data, and the words for both."""
+"""What a run says of itself before its first step."""
 
-import dataclasses
-import logging
 import math
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-import jax
-import jax.numpy as jnp
 
 from data import Loader
 from mtx import config as configs
-from mtx import mesh as meshes
-from mtx.attention import choose_backend
-from mtx.config import BatchConfig, Config, Loaded, schema
-from mtx.errors import DataError
-from mtx.layout import BoundLayout, Placement
+from mtx.config import BatchConfig, Config, schema
 from mtx.metrics import peak_flops
-from mtx.model import Model, flatten
+from mtx.model import flatten
 from mtx.pipeline import Costs, simulate
 from mtx.step import Program
-from pallas_kernels.attention import Chip
-
-log = logging.getLogger("mtx")
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def build(config: Config, devices: Sequence[jax.Device], steps: int | None = None) -> Program:
-    """The program that a config describes, on these devices (present or not); `steps` is the run's length."""
-    mesh = meshes.make(config.mesh, devices)
-    layout = BoundLayout.of(config.layout, dict(mesh.shape))
-    stages = mesh.shape["pipeline"]
-    chunks = config.pipeline.per_stage() if stages > 1 else 1
-    model = Model(config.model, Placement.even(config.model.layers, stages, chunks))
-    layout.check(flatten(model.weights))
-    compute, _ = config.precision.resolve(devices[0])
-    mask = configs.mask_of(config)
-    attention = config.model.attention
-    heads, kv_heads = (
-        count // layout.size(*layout.axes(name, "activations"))
-        for name, count in (("heads", attention.heads), ("kv_heads", attention.kv_heads or attention.heads))
-    )
-    choose_backend(
-        dataclasses.replace(attention, heads=heads, kv_heads=kv_heads),
-        Chip.of(devices[0]),
-        compute.name,
-        config.model.head_size,
-        mask,
-        rows=1,
-        time=config.batch.sequence_length,
-        dropout=config.model.attention_dropout,
-    )
-    return Program(
-        model=model,
-        mesh=mesh,
-        layout=layout,
-        optimizer=config.optimizer,
-        loss=config.loss,
-        partition=config.partition,
-        compute=compute,
-        stored=jnp.dtype(config.precision.params),
-        mask=mask,
-        steps=steps or config.steps or 1,
-        schedule=config.pipeline,
-    )
-
-
-def prepare_data(loaded: Loaded, children: list[subprocess.Popen], *, alone: bool) -> None:
-    """Shards that are missing are made by the verb `prepare`, in a process of its own, which joins the children.
-
-    Raises: DataError if they cannot be made, or several processes would have to.
-    """
-    if loaded.config.data.is_prepared():
-        return
-    command = [sys.executable, str(ROOT / "main.py"), "prepare", "--config", str(loaded.path)]
-    command += [f"{path}={value}" for path, value in loaded.overrides.items()]
-    if not alone:
-        raise DataError(
-            "the data are not prepared, and several processes do not do it together; run "
-            f"`python main.py prepare {' '.join(command[3:])}` once, on a file system that all of them see."
-        )
-    log.info("data: preparing (once; `python main.py prepare` does it beforehand)")
-    children.append(child := subprocess.Popen(command))
-    if code := child.wait():
-        raise DataError(f"the data could not be prepared: `prepare` ended with exit code {code}, see above.")
-
-
-def load_data(config: Config) -> Loader:
-    """The rows to train on. Raises: DataError."""
-    try:
-        return configs.loader(config, config.data.load())
-    except ValueError as error:
-        raise DataError(str(error)) from error
-
-
-def refuse_too_long(loader: Loader, samples: int) -> None:
-    """Raises: DataError if the sources of a blend have no more to give before the end of a run of so many samples."""
-    if (end := loader.blend.end) is not None and end < samples:
-        raise DataError(
-            f"every source of the blend has reached its max_epochs after {end:,} samples, and the run is {samples:,} "
-            "samples long; make it shorter, or raise a max_epochs of data.sources."
-        )
 
 
 def mesh_text(program: Program) -> str:
