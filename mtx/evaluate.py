@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from data import SeqioTask
-from data.objectives.row import Example, examples_row
-from data.seqio_task.metrics import Question, evaluate
+from data.batches.objectives.row import Example, examples_row
+from data.sources.seqio_task.metrics import Question, evaluate
 from mtx import config as configs
 from mtx import decode
 from mtx.building import Opened, open_run

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from data import Prepared, sources_of
-from data.blended import named, shards_of
+from data.sources.blend import named, shards_of
 from mtx.config import Loaded, check, load
 from mtx.errors import ConfigError, DataError
 
