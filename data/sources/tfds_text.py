@@ -29,7 +29,7 @@ DOWNLOAD_S = 24 * 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class TfdsText(Prepared):
-    """A TFDS dataset that is on disk: your own (`python -m data.loose_json`), or one that TFDS knows by name."""
+    """A TFDS dataset that is on disk: your own (`python -m data.export.loose_json`), or one that TFDS knows by name."""
 
     elsewhere: ClassVar[tuple[str, ...]] = ("folder", "download", "silence_s")
 

@@ -86,6 +86,8 @@ def _run(
             enter(stopping)
         # What needs no device comes first: its mistakes cost nothing, and several processes end one by one.
         log_to_stderr(first)
+        for remark in loaded.remarks:
+            log.info(remark)
         prepare_data(loaded, children, alone=cluster is None)
         loader = load_data(config)
         connect(cluster)

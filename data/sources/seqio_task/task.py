@@ -226,6 +226,7 @@ class NamedTask(Prepared):
         return self.mixture_manifest().get("tasks", {})
 
     def mixture_manifest(self) -> dict[str, Any]:
+        """What a Mixture was when it was compiled; empty if it was not, or with another recipe."""
         try:
             said = json.loads((self.prepared_folder() / PARTS).read_bytes())
         except OSError:
