@@ -1,4 +1,4 @@
-"""From a config to the rows that it trains on."""
+"""From a config to the rows that it trains on and is evaluated on."""
 
 import logging
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_loader(config: Config, corpus: Text) -> Loader:
-    """The rows that a config trains on. Raises: ValueError if the text has none."""
+    """A loader of the rows that a config makes of a text. Raises: ValueError if the text has none."""
     live = isinstance(corpus, LiveText)
     if live and config.epochs is not None:
         raise ValueError(
@@ -32,7 +32,7 @@ def make_loader(config: Config, corpus: Text) -> Loader:
 
 
 def prepare_data(loaded: Loaded, children: list[subprocess.Popen], *, alone: bool) -> None:
-    """Shards that are missing are made by the verb `prepare`, in a process of its own, which joins the children.
+    """Makes shards that are missing by the verb `prepare`, in a process of its own, which it adds to `children`.
 
     Raises: DataError if they cannot be made, or several processes would have to.
     """
@@ -52,7 +52,7 @@ def prepare_data(loaded: Loaded, children: list[subprocess.Popen], *, alone: boo
 
 
 def load_data(config: Config) -> Loader:
-    """The rows to train on. Raises: DataError."""
+    """Opens the data of a config, which must be prepared, as a loader of its rows. Raises: DataError."""
     try:
         return make_loader(config, config.data.load())
     except ValueError as error:

@@ -17,7 +17,10 @@ from pallas_kernels.attention import Chip
 
 
 def build(config: Config, devices: Sequence[jax.Device], steps: int | None = None) -> Program:
-    """The program that a config describes, on these devices (present or not); `steps` is the run's length."""
+    """Builds the program that a config describes, on these devices, present or not; `steps` is the run's length.
+
+    Raises: ConfigError, DeviceError.
+    """
     mesh = meshes.make(config.mesh, devices)
     layout = BoundLayout.of(config.layout, dict(mesh.shape))
     stages = mesh.shape["pipeline"]
