@@ -10,6 +10,7 @@ import numpy as np
 from configs import gpt2_124m, gpt2_345m, llama3_8b, quickstart
 from data import Concatenate
 from mtx.attention import AttentionConfig
+from mtx.building import build
 from mtx.config import BatchConfig, Config
 from mtx.layers import Gelu, Learned
 from mtx.losses import CrossEntropy
@@ -17,7 +18,6 @@ from mtx.mesh import MeshConfig
 from mtx.model import Batch
 from mtx.spmd import Precision
 from mtx.step import Program
-from mtx.train import build
 from pallas_kernels.attention import BackendName
 
 
