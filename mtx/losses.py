@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtx.errors import Problem
-from mtx.spmd import Doors
+from mtx.spmd import Activations
 
 HIDDEN = -1e30
 
@@ -30,7 +30,7 @@ class CrossEntropy:
 
 
 def cross_entropy(
-    doors: Doors,
+    doors: Activations,
     config: CrossEntropy,
     h_BTD: jax.Array,
     table_VD: nnx.Param,
@@ -45,13 +45,13 @@ def cross_entropy(
     pass makes each chunk's logits again from the saved log-normaliser, so that no collective runs twice.
     """
     rows = -(-h_BTD.shape[0] // doors.layout.size(*doors.layout.batch_axes)) if doors.global_shapes else h_BTD.shape[0]
-    T, split = target_BT.shape[1], doors.split("V")
+    T = target_BT.shape[1]
     span = max(1, config.chunk_tokens // rows)
     span = -(-T // -(-T // span))  # as many chunks, evenly filled
 
     def logits_of(h_BtD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BtV = doors.local_einsum("BTD,VD->BTV", h_BtD, w_VD, jnp.float32)
-        v = doors.index("V", logits_BtV, 2)
+        v = doors.index("BTV", "V", logits_BtV)
         return jnp.where(v < vocab_size, logits_BtV, HIDDEN), v
 
     def sums(h_BTD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -72,21 +72,18 @@ def cross_entropy(
         (objective, nll), lse_xBt = jax.lax.scan(chunk, (zero, zero), xs)
         return objective, nll, lse_xBt
 
-    def entered(h_BTD: jax.Array) -> jax.Array:
-        return doors.enter(h_BTD) if split else h_BTD
-
     @jax.custom_vjp
     def loss(h_BTD: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return sums(entered(h_BTD), doors.gather_for_use(table_VD.replace(table)))[:2]
+        return sums(doors.enter(h_BTD, "V"), doors.storage.for_use(table_VD.replace(table)))[:2]
 
     def forward(h_BTD, table):
-        h_BTD = entered(h_BTD)
-        objective, nll, lse_xBt = sums(h_BTD, doors.gather_for_use(table_VD.replace(table)))
+        h_BTD = doors.enter(h_BTD, "V")
+        objective, nll, lse_xBt = sums(h_BTD, doors.storage.for_use(table_VD.replace(table)))
         return (objective, nll), (h_BTD, table, lse_xBt)
 
     def backward(saved, cotangents):
         h_BTD, table, lse_xBt = saved
-        w_VD = doors.gather_for_use(table_VD.replace(table))
+        w_VD = doors.storage.for_use(table_VD.replace(table))
 
         def chunk(dw_VD, xs):
             h_BtD, target_Bt, weight_Bt, lse_Bt = xs
@@ -100,9 +97,8 @@ def cross_entropy(
 
         xs = (*(split_time(x, span) for x in (h_BTD, target_BT, weight_BT)), lse_xBt)
         dw_VD, dh_xBtD = jax.lax.scan(chunk, jnp.zeros_like(w_VD, jnp.float32), xs)
-        dh_BTD = join_time(dh_xBtD, T)
-        dh_BTD = doors.sum_residual(dh_BTD) if split else dh_BTD
-        return dh_BTD.astype(h_BTD.dtype), doors.scatter_gradient(table_VD.weight, dw_VD).astype(table.dtype)
+        dh_BTD = doors.leave(join_time(dh_xBtD, T), "V")
+        return dh_BTD.astype(h_BTD.dtype), doors.storage.scatter_gradient(table_VD.weight, dw_VD).astype(table.dtype)
 
     loss.defvjp(forward, backward)
     objective, nll = loss(h_BTD, table_VD[...])
@@ -110,24 +106,24 @@ def cross_entropy(
 
 
 def pair_loss(
-    doors: Doors,
+    doors: Activations,
     answer: Callable[[jax.Array], jax.Array],
     h_BTD: jax.Array,
     label_BT: jax.Array,
     weight_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same sums of whether pairs belong together, which the first token tells; `answer` gives logits_BTA of h_BTD.
+    """The same sums of whether pairs belong together, which the first token tells; `answer` gives its logits_BA.
 
     A pair weighs as much as the targets of its row together, so that over a batch the loss is the tokens' mean and the
     pairs' mean, added, as in BERT, if rows have equally many targets.
     """
-    first_BTD, here = doors.first(h_BTD)
-    logits_BTA = answer(first_BTD)
-    said_BT = jnp.where(label_BT[:, :1] == 1, logits_BTA[..., 1], logits_BTA[..., 0])
-    nll_BT = jax.nn.logsumexp(logits_BTA, axis=-1) - said_BT
-    mine = jnp.sum(nll_BT * jnp.sum(weight_BT, axis=1, keepdims=True)) * here
-    nll = doors.sum_time(jax.lax.stop_gradient(mine))
-    return mine + (nll - jax.lax.stop_gradient(mine)), nll
+    logits_BA = answer(doors.first(h_BTD))
+    said_B = jnp.where(label_BT[:, 0] == 1, logits_BA[:, 1], logits_BA[:, 0])
+    nll_B = jax.nn.logsumexp(logits_BA, axis=-1) - said_B
+    nll = jnp.sum(nll_B * doors.sum_over("T", jnp.sum(weight_BT, axis=1)))
+    whole = jax.lax.stop_gradient(nll)
+    part = whole if doors.global_shapes else whole / doors.layout.size(*doors.layout.splits("T"))
+    return nll + (part - whole), part
 
 
 def split_time(x_BT: jax.Array, span: int) -> jax.Array:

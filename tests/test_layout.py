@@ -29,7 +29,7 @@ def test_axes_of_size_one_never_appear():
     layout = bound(Layout(zero=3, sequence_parallel=True))
     assert layout.spec(Weight("FD", (64, 32)), "weights") == P(None, None)
     assert layout.activation("BTD") == P(None, None, None)
-    assert not layout.sequence_parallel
+    assert not layout.sequence_axes
 
 
 def test_sequence_parallel_splits_time_of_the_residual_stream_alone():
