@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,8 @@ class CompiledActivations(Activations):
         x_BTD = table.at[token_BT].get(out_sharding=self.layout.activation("BTD"))
         return x_BTD.astype(self.compute)
 
-    def first(self, x_BTD: jax.Array) -> jax.Array:
-        return jax.reshard(x_BTD, jax.P(*self.layout.activation("B"), None, None))[:, 0]
+    def first(self, letters: Literal["BT", "BTD"], x: jax.Array) -> jax.Array:
+        return self.whole(letters, "T", x)[:, 0]
 
     def index(self, letters: str, letter: str, x: jax.Array) -> jax.Array:
         i = letters.index(letter)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -109,9 +109,9 @@ class ManualActivations(Activations):
         size = x_BT.shape[1] // self.layout.size(*axes)
         return lax.dynamic_slice_in_dim(x_BT, lax.axis_index(axes) * size, size, axis=1)
 
-    def first(self, x_BTD: jax.Array) -> jax.Array:
-        axes = self.layout.letter_axes("BTD")[1]
-        return _of_first(axes, x_BTD[:, 0]) if axes else x_BTD[:, 0]
+    def first(self, letters: Literal["BT", "BTD"], x: jax.Array) -> jax.Array:
+        axes = self.layout.letter_axes(letters)[1]
+        return _of_first(axes, x[:, 0]) if axes else x[:, 0]
 
     def index(self, letters: str, letter: str, x: jax.Array) -> jax.Array:
         i = letters.index(letter)
