@@ -8,7 +8,7 @@ every `PartitionSpec` and refuses conflicts and indivisible dimensions by name.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -24,9 +24,12 @@ Column = Literal["weights", "gradients", "optimizer", "activations"]
 ZERO = "zero"
 """Stands for a weight's ZeRO dimension: the largest that divides and is not minor-most."""
 RESIDUAL_TIME = "residual_time"
-"""Time in the residual stream (an activation with a D), where norms and dropout run."""
+"""Time in the residual stream, where norms and dropout run: of activations with features that tensor parallelism never
+splits (`BTD`), not of those with heads, feed-forward or vocabulary (`BTNH`), nor of the batch (`BT`)."""
 SPLIT_BY_MODEL = ("heads", "kv_heads", "ff", "vocab")
 """The dimensions that tensor parallelism may split."""
+NO_FEATURES = frozenset({"batch", "time", "key_time", "layer"})
+"""The dimensions of an activation that say which token it is of, and in which layer."""
 TIME_AXES = ("context",)
 """The axes that may split time everywhere, in attention too."""
 LAYER = "layer"
@@ -169,6 +172,7 @@ class Layout:
         return megatron(self.zero, self.sequence_parallel, self.vocabulary == "sharded")
 
 
+@cache
 def megatron(zero: int, sequence_parallel: bool, shard_vocabulary: bool = True) -> tuple[Row, ...]:
     """Megatron-LM's tensor (and sequence) parallelism with ZeRO over `data`, and layers over `pipeline`.
 
@@ -308,9 +312,10 @@ class BoundLayout:
         return self._present(self.layout.sequence_axes)
 
     def letter_axes(self, letters: str) -> list[Axes]:
-        """The axes of each letter of an activation: `BTD` is the residual stream, `BTNH` is not."""
+        """The axes of each letter of an activation; T is `residual_time` in the residual stream."""
         names = [DIMENSIONS[letter] for letter in letters]
-        if "D" in letters:
+        features = {*names} - NO_FEATURES
+        if features and features.isdisjoint(SPLIT_BY_MODEL):
             names = [RESIDUAL_TIME if name == "time" else name for name in names]
         return [self.axes(name, "activations") for name in names]
 
