@@ -24,10 +24,12 @@ Column = Literal["weights", "gradients", "optimizer", "activations"]
 ZERO = "zero"
 """Stands for a weight's ZeRO dimension: the largest that divides and is not minor-most."""
 RESIDUAL_TIME = "residual_time"
-"""Time in the residual stream, where norms and dropout run: of activations with features that tensor parallelism never
-splits (`BTD`), not of those with heads, feed-forward or vocabulary (`BTNH`), nor of the batch (`BT`)."""
+"""Time in the residual stream, where norms and dropout run (`BTD`). Elsewhere it is `time`: in the batch (`BT`), and
+where another letter takes over the axes that split the residual stream's time (`BTNH`)."""
 SPLIT_BY_MODEL = ("heads", "kv_heads", "ff", "vocab")
 """The dimensions that tensor parallelism may split."""
+NEED_TIME = ("heads", "kv_heads", "vocab")
+"""Those of them that are not without all of time: attention, and the loss, which has the batch's."""
 NO_FEATURES = frozenset({"batch", "time", "key_time", "layer"})
 """The dimensions of an activation that say which token it is of, and in which layer."""
 TIME_AXES = ("context",)
@@ -145,10 +147,13 @@ class Layout:
             for other, axes in (("batch", batch), ("time", time)):
                 if both := [axis for axis in self.row(name).activations if axis in axes]:
                     yield f"maps both {other} and {name} to {both[0]}, and an activation has both"
-        whole = [n for n in SPLIT_BY_MODEL if not {*self.sequence_axes} <= {*self.row(n).activations}]
-        if whole:
+        sequence = {*self.sequence_axes}
+        whole = {name: sequence - {*self.row(name).activations} for name in SPLIT_BY_MODEL}
+        if any(whole[name] for name in NEED_TIME):
             axes = ", ".join(self.sequence_axes)
-            yield f"splits residual_time over {axes}, which needs {', '.join(SPLIT_BY_MODEL)} split too"
+            yield f"splits residual_time over {axes}, which needs {', '.join(NEED_TIME)} split too"
+        elif sequence - whole["ff"] and whole["ff"]:
+            yield f"splits residual_time over {', '.join(self.sequence_axes)} and ff over a part of them; all, or none"
 
     def row(self, dimension: str) -> Row:
         """The row of a dimension, which splits nothing if the table has none."""
@@ -314,10 +319,13 @@ class BoundLayout:
     def letter_axes(self, letters: str) -> list[Axes]:
         """The axes of each letter of an activation; T is `residual_time` in the residual stream."""
         names = [DIMENSIONS[letter] for letter in letters]
-        features = {*names} - NO_FEATURES
-        if features and features.isdisjoint(SPLIT_BY_MODEL):
+        if {*names} - NO_FEATURES and not any(self.takes_time(name) for name in names):
             names = [RESIDUAL_TIME if name == "time" else name for name in names]
         return [self.axes(name, "activations") for name in names]
+
+    def takes_time(self, dimension: str) -> bool:
+        """Whether a dimension is split over the axes that split the residual stream's time, which then is not."""
+        return bool(self.sequence_axes) and {*self.sequence_axes} <= {*self.axes(dimension, "activations")}
 
     def splits(self, letters: str) -> Axes:
         """The axes that split an activation, in the order of its letters."""

@@ -124,14 +124,21 @@ def test_a_replaced_table_is_used():
 
 
 D, M, MC = ("data",), ("model",), ("model", "context")
+HEADS_AND_VOCAB = ("heads", "kv_heads", "vocab")
 TABLES = {
     "must split all four columns of vocab": [Row(dimension="vocab", weights=M, gradients=M, optimizer=M)],
     "splits head;": [Row(dimension="head", weights=M, gradients=M, optimizer=M, activations=M)],
     "splits one of heads and kv_heads": [Row(dimension="heads")],
     "must split the activations of batch over replica, data, expert": [Row(dimension="batch", activations=("data",))],
-    "splits residual_time over model, which needs heads, kv_heads, ff, vocab": [
-        Row(dimension="residual_time", activations=M),
-        Row(dimension="ff"),
+    "splits residual_time over context, model, which needs heads, kv_heads, vocab": [
+        Row(dimension="time"),
+        Row(dimension="residual_time", activations=("context", "model")),
+        Row(dimension="vocab"),
+    ],
+    "splits residual_time over model, context and ff over a part of them": [
+        Row(dimension="time"),
+        Row(dimension="residual_time", activations=MC),
+        *(Row(dimension=d, weights=MC, gradients=MC, optimizer=MC, activations=MC) for d in HEADS_AND_VOCAB),
     ],
     "must split weights and optimizer state of zero over data": [Row(dimension="zero", weights=("data",))],
     "must split all four columns of ff over the same axes": [

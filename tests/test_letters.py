@@ -293,6 +293,15 @@ def test_a_table_lowers_as_its_preset(words: dict):
     assert presets[3] != text(rows=megatron(3, False))
 
 
+@pytest.mark.parametrize("words", [{}, {"partition": Compiled()}], ids=["manual", "compiled"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_sequence_parallel_beside_a_whole_feed_forward_layer(gated: bool, words: dict):
+    """The layer's T stays the residual stream's: each rank computes it for its own part of time."""
+    model = LLAMA if gated else GPT
+    p = toys.program(model, (1, 2, 4), rows=tuple(row for row in megatron(1, True) if row.dimension != "ff"), **words)
+    check(p, model, toys.batch(), reference(model))
+
+
 @pytest.mark.parametrize("gathered", ["step", "use"])
 def test_zero_over_replicas_too(gathered: str):
     rows = [row for row in megatron(2, False) if row.dimension != ZERO]

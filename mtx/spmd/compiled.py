@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mtx import DIMENSIONS
 from mtx.layout import Weight
 from mtx.spmd.doors import Activations, Storage, letters_of
 
@@ -41,7 +42,10 @@ class CompiledActivations(Activations):
     global_shapes = True
 
     def enter(self, x_BTD: jax.Array, letters: str) -> jax.Array:
-        return jax.reshard(x_BTD, self.layout.entered("BTD")) if self.layout.splits(letters) else x_BTD
+        if not self.layout.splits(letters):
+            return x_BTD
+        time = any(self.layout.takes_time(DIMENSIONS[letter]) for letter in letters)
+        return jax.reshard(x_BTD, self.layout.entered("BTD") if time else self.layout.activation("BTD"))
 
     def leave(self, y_BTD: jax.Array, letters: str) -> jax.Array:
         return jax.reshard(y_BTD, self.layout.activation("BTD")) if self.layout.splits(letters) else y_BTD

@@ -135,7 +135,7 @@ class Activations(abc.ABC):
 
     @abc.abstractmethod
     def enter(self, x_BTD: jax.Array, letters: str) -> jax.Array:
-        """From the residual stream to where these letters are split, and time as in `BT`; x itself if none is split."""
+        """From the residual stream to where these letters are split, over axes of time too; x itself if none is."""
 
     @abc.abstractmethod
     def leave(self, y_BTD: jax.Array, letters: str) -> jax.Array:

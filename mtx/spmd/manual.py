@@ -79,11 +79,9 @@ class ManualActivations(Activations):
         return _sum(rest, y_BTD) if rest else y_BTD
 
     def _crossed(self, letters: str) -> tuple[Axes, Axes]:
-        """The axes that split these letters: those that split the residual stream's time too, and the rest."""
-        if not (axes := self.layout.splits(letters)):
-            return (), ()
-        time = self.layout.sequence_axes
-        assert {*time} <= {*axes}, f"time is split over {time} where {letters} are over {axes}"
+        """The axes that split these letters: what they take over from residual time, and the rest."""
+        axes = self.layout.splits(letters)
+        time = self.layout.sequence_axes if {*self.layout.sequence_axes} <= {*axes} else ()
         return time, tuple(axis for axis in axes if axis not in time)
 
     def residual_einsum(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
