@@ -122,10 +122,10 @@ class Attention(nnx.Module):
         G = N // K + 2
         self.config, self.rotary, self.dropout, self.remat = config, rotary, dropout, remat
         self.qkv_DKGH = weight(rngs, "DKGH", (D, K, G, H), initializers.normal(std))
-        self.bias_KGH = vector(rngs, "KGH", (K, G, H), 0.0) if bias else None
-        self.out_NHD = weight(rngs, "NHD", (N, H, D), initializers.normal(out_std))
-        self.sink_N = vector(rngs, "N", (N,), 0.0) if config.sinks else None
-        self.out_bias_D = vector(rngs, "D", (D,), 0.0) if bias else None
+        self.bias_KGH = vector(rngs, "KGH", (K, G, H), 0.0, meets="BTKGH") if bias else None
+        self.out_NHD = weight(rngs, "NHD", (N, H, D), initializers.normal(out_std), meets="BTNH")
+        self.sink_N = vector(rngs, "N", (N,), 0.0, meets="BTNH") if config.sinks else None
+        self.out_bias_D = vector(rngs, "D", (D,), 0.0, meets="BTD") if bias else None
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
@@ -168,7 +168,7 @@ class Attention(nnx.Module):
         if dropped := self.dropout > 0.0 and context.key_B is not None:
             words = context.key("attention")
             given |= {"word0": ("B", words[0]), "word1": ("B", words[1])}
-            given["head"] = ("N", context.doors.index("N", q_BTNH, 2))
+            given["head"] = ("N", context.doors.index("BTNH", "N", q_BTNH))
         chip, scores = Chip.of(context.doors.device), _scores(self.config, q_BTNH)
 
         def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *values: jax.Array) -> jax.Array:

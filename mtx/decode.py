@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from mtx.attention import Cache
 from mtx.errors import ConfigError, Problem
 from mtx.layers import Learned
-from mtx.layout import RESIDUAL_TIME, BoundLayout
-from mtx.spmd import Doors, Params
+from mtx.layout import RESIDUAL_TIME, BoundLayout, Layout
+from mtx.spmd import Activations, Params
 from mtx.step import Program
 from pallas_kernels.masks import Mask, sees
 from pallas_kernels.threefry import threefry2x32
@@ -167,11 +167,12 @@ def compiled(program: Program, sampling: Sampling, most: int, vocab_size: int) -
 
 
 def whole_time(layout: BoundLayout) -> BoundLayout:
-    """The layout without sequence parallelism: the same stored weights, but one token cannot be split."""
+    """The layout that splits no time: the same stored weights, but one token cannot be split."""
     rows = tuple(
-        replace(row, activations=()) if row.dimension == RESIDUAL_TIME else row for row in layout.layout.table()
+        replace(row, activations=()) if row.dimension in ("time", RESIDUAL_TIME) else row
+        for row in layout.layout.table()
     )
-    return replace(layout, layout=replace(layout.layout, sequence_parallel=False, rows=rows))
+    return replace(layout, layout=Layout(rows=rows, scatter=layout.layout.scatter))
 
 
 class Loop(NamedTuple):
@@ -227,11 +228,11 @@ def _decode(
     return lax.while_loop(lambda now: (now.step < count) & (now.running > 0), step, start).out_BT
 
 
-def _count(doors: Doors, where_B: jax.Array) -> jax.Array:
+def _count(doors: Activations, where_B: jax.Array) -> jax.Array:
     return doors.sum_over("B", jnp.sum(where_B, dtype=jnp.int32))
 
 
-def _prefill(program: Program, params: Params, prompts: Prompts, cache: Cache, doors: Doors) -> Cache:
+def _prefill(program: Program, params: Params, prompts: Prompts, cache: Cache, doors: Activations) -> Cache:
     """The cache with all of the prompts but their last tokens. Padding is computed and never seen."""
     time, slots = prompts.tokens_BT.shape[1], cache.k_LBSKH.shape[2]
     if time == 0:
@@ -246,7 +247,7 @@ def _prefill(program: Program, params: Params, prompts: Prompts, cache: Cache, d
     return cache
 
 
-def _seen(mask: Mask, length_B: jax.Array, filled: int, step: jax.Array, most: int, doors: Doors) -> jax.Array:
+def _seen(mask: Mask, length_B: jax.Array, filled: int, step: jax.Array, most: int, doors: Activations) -> jax.Array:
     """Slots that a row's new token sees, bool_BTS with one query: of its prompt, what was made of it, and itself."""
     size = filled + most
 
@@ -260,9 +261,9 @@ def _seen(mask: Mask, length_B: jax.Array, filled: int, step: jax.Array, most: i
     return doors.local(seen, ("B", ""), "BTS", length_B, jnp.asarray(step))
 
 
-def _next_logits(program: Program, params: Params, h_BTD: jax.Array, doors: Doors) -> jax.Array:
-    """Logits_BV of the one token of each row, over the padded vocabulary, alike on all `model` ranks."""
-    return doors.whole_vocabulary(program.model.unembed(params, h_BTD, doors))[:, 0]
+def _next_logits(program: Program, params: Params, h_BTD: jax.Array, doors: Activations) -> jax.Array:
+    """Logits_BV of the one token of each row, over the padded vocabulary, alike on all ranks that split it."""
+    return doors.whole("BTV", "V", program.model.unembed(params, h_BTD, doors))[:, 0]
 
 
 def draw(

@@ -13,7 +13,7 @@ from jax.nn import initializers
 
 from mtx.errors import Problem
 from mtx.layout import Weight
-from mtx.spmd import Doors
+from mtx.spmd import Activations
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words, keep_mask, threefry2x32
 
@@ -22,7 +22,7 @@ from pallas_kernels.threefry import Words, keep_mask, threefry2x32
 class Context:
     """What every layer of one forward pass shares."""
 
-    doors: Doors
+    doors: Activations
     mask: Mask
     segment_BT: jax.Array
     position_BT: jax.Array
@@ -48,15 +48,24 @@ class Context:
 
 
 def weight(
-    rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], init: initializers.Initializer, *, is_matrix: bool = True
+    rngs: nnx.Rngs,
+    dims: str,
+    shape: tuple[int, ...],
+    init: initializers.Initializer,
+    *,
+    meets: str = "BTD",
+    is_matrix: bool = True,
 ) -> nnx.Param:
-    """Declare a weight, once: its dimensions' letters, its global shape, its initial distribution."""
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), weight=Weight(dims, shape, is_matrix))
+    """Declare a weight, once: its dimensions' letters, its global shape, its initial distribution.
+
+    `meets` are the letters of the activation that it is used with: in an einsum those of the other operand.
+    """
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), weight=Weight(dims, shape, is_matrix, meets=meets))
 
 
-def vector(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], value: float) -> nnx.Param:
-    """A gain or a bias: float32, never cast, decayed or split by ZeRO."""
-    return weight(rngs, dims, shape, initializers.constant(value), is_matrix=False)
+def vector(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], value: float, *, meets: str) -> nnx.Param:
+    """Declare a gain or a bias: float32, never cast, decayed or split by ZeRO."""
+    return weight(rngs, dims, shape, initializers.constant(value), meets=meets, is_matrix=False)
 
 
 def dropout(x_BTD: jax.Array, rate: float, context: Context, purpose) -> jax.Array:
@@ -64,7 +73,7 @@ def dropout(x_BTD: jax.Array, rate: float, context: Context, purpose) -> jax.Arr
     if context.key_B is None or rate == 0.0:
         return x_BTD
     k0, k1 = (word[:, None, None] for word in context.key(purpose))
-    time = context.doors.index("T", x_BTD, 1).astype(jnp.uint32)[:, None]
+    time = context.doors.index("BTD", "T", x_BTD).astype(jnp.uint32)[:, None]
     feature = jnp.arange(x_BTD.shape[-1], dtype=jnp.uint32)
     keep = keep_mask(rate, (k0, k1), (time, feature))
     return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
@@ -105,9 +114,9 @@ class Norm(nnx.Module):
 
     def __init__(self, epsilon: float, width: int, centred: bool, rngs: nnx.Rngs):
         self.epsilon, self.centred = epsilon, centred
-        self.gain_D = vector(rngs, "D", (width,), 1.0)
+        self.gain_D = vector(rngs, "D", (width,), 1.0, meets="BTD")
         if centred:
-            self.bias_D = vector(rngs, "D", (width,), 0.0)
+            self.bias_D = vector(rngs, "D", (width,), 0.0, meets="BTD")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
@@ -219,12 +228,12 @@ class Mlp(nnx.Module):
         init, out_init = initializers.normal(std), initializers.normal(out_std)
         if isinstance(config, SwiGLU):
             self.in_DJF = weight(rngs, "DJF", (D, 2, F), init)
-            self.bias_JF = vector(rngs, "JF", (2, F), 0.0) if bias else None
+            self.bias_JF = vector(rngs, "JF", (2, F), 0.0, meets="BTJF") if bias else None
         else:
             self.in_DF = weight(rngs, "DF", (D, F), init)
-            self.bias_F = vector(rngs, "F", (F,), 0.0) if bias else None
-        self.out_FD = weight(rngs, "FD", (F, D), out_init)
-        self.out_bias_D = vector(rngs, "D", (D,), 0.0) if bias else None
+            self.bias_F = vector(rngs, "F", (F,), 0.0, meets="BTF") if bias else None
+        self.out_FD = weight(rngs, "FD", (F, D), out_init, meets="BTF")
+        self.out_bias_D = vector(rngs, "D", (D,), 0.0, meets="BTD") if bias else None
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         project = context.doors.project

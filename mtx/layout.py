@@ -8,7 +8,7 @@ every `PartitionSpec` and refuses conflicts and indivisible dimensions by name.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -24,9 +24,16 @@ Column = Literal["weights", "gradients", "optimizer", "activations"]
 ZERO = "zero"
 """Stands for a weight's ZeRO dimension: the largest that divides and is not minor-most."""
 RESIDUAL_TIME = "residual_time"
-"""Time in the residual stream (an activation with a D), where norms and dropout run."""
+"""Time in the residual stream, where norms and dropout run (`BTD`). Elsewhere it is `time`: in the batch (`BT`), and
+where another letter takes over the axes that split the residual stream's time (`BTNH`)."""
 SPLIT_BY_MODEL = ("heads", "kv_heads", "ff", "vocab")
 """The dimensions that tensor parallelism may split."""
+NEED_TIME = ("heads", "kv_heads", "vocab")
+"""Those of them that are not without all of time: attention, and the loss, which has the batch's."""
+NO_FEATURES = frozenset({"batch", "time", "key_time", "layer"})
+"""The dimensions of an activation that say which token it is of, and in which layer."""
+TIME_AXES = ("context",)
+"""The axes that may split time everywhere, in attention too."""
 LAYER = "layer"
 STAGES = "pipeline"
 """The axis that splits layers; stored tables of the vocabulary too, if the layout says so."""
@@ -46,6 +53,8 @@ class Row:
     """Axes of the optimizer state."""
     activations: Axes = ()
     """Axes of activations."""
+    gathered: Literal["step", "use"] = "step"
+    """When the shards of row `zero` are gathered: once per step, or wherever a layer uses the weight (ZeRO 3)."""
 
     def problems(self) -> Iterator[str]:
         """What no door could make right: splits that the layers' communication does not foresee."""
@@ -55,6 +64,10 @@ class Row:
             yield f"names no dimension {name!r}; legal: {', '.join(sorted(known))}"
         elif unknown := [axis for column in columns for axis in column if axis not in AXES]:
             yield f"maps {name} to {unknown[0]!r}, not a mesh axis; legal: {', '.join(AXES)}"
+        elif twice := [axis for column in columns for axis in column if column.count(axis) > 1]:
+            yield f"maps {name} to {twice[0]} twice in one column; name it once"
+        elif self.gathered == "use" and (name != ZERO or not self.weights or self.gradients != self.weights):
+            yield f"gathers {name} at its use, which is for zero with weights and gradients split alike"
         elif name == LAYER:
             if set(columns) != {(STAGES,)}:
                 yield f"must split all four columns of {name} over {STAGES}"
@@ -64,13 +77,16 @@ class Row:
                 columns = (
                     columns if (self.weights, self.optimizer) != (at_rest,) * 2 else (self.gradients, self.activations)
                 )
-            if set(columns) not in ({()}, {("model",)}):
+            if len(set(columns)) > 1 or STAGES in columns[0]:
                 at_rest = f"; weights and optimizer state of vocab over {STAGES} besides" if name == "vocab" else ""
-                yield f"must split all four columns of {name} over model, or none{at_rest}"
+                yield f"must split all four columns of {name} over the same axes, such as model, or none{at_rest}"
         elif name == ZERO:
-            legal = ((), ("data",))
-            if self.activations or self.weights != self.optimizer or not {self.weights, self.gradients} <= {*legal}:
-                yield "must split weights and optimizer state of zero over data; gradients too, or not; no activations"
+            alike = self.weights == self.optimizer and self.gradients in ((), self.weights)
+            if self.activations or not alike or not {*self.weights} <= {*BATCH_AXES}:
+                yield (
+                    "must split weights and optimizer state of zero over data, or other axes of batch; gradients too, "
+                    "or not; no activations"
+                )
         elif any(columns[:3]) or (self.activations and name not in ("batch", "time", RESIDUAL_TIME)):
             yield f"splits {name}; what can be split over model: {', '.join(SPLIT_BY_MODEL)}"
 
@@ -92,29 +108,68 @@ class Layout:
     """The whole table, instead of the preset that zero and sequence_parallel choose."""
 
     def check(self) -> Iterator[Problem]:
-        if self.scatter != "float32" and self.zero != 3:
+        if self.scatter != "float32" and self.zero_stage != 3:
             yield "scatter", "is for layout.zero=3; leave it at float32"
         if self.rows is None:
             return
+        replaced = "has no effect: layout.rows replaces the preset"
         if self.vocabulary != "sharded":
-            yield "vocabulary", "has no effect: layout.rows replaces the preset; its row `vocab` decides"
-        table = {row.dimension: row for row in self.rows}
-        if twice := [row.dimension for row in self.rows if table[row.dimension] is not row]:
+            yield "vocabulary", f"{replaced}; its row `vocab` decides"
+        if self.zero:
+            decides = "; its row `zero` decides" if self.zero_stage else " and has no row `zero` over data"
+            yield "zero", replaced + decides
+        if self.sequence_parallel:
+            none = "has no effect: layout.rows has no row `residual_time` over model"
+            yield "sequence_parallel", f"{replaced}; its row `residual_time` decides" if self.sequence_axes else none
+        twice = [row.dimension for row in self.rows if self.row(row.dimension) is not row]
+        if twice:
             yield "rows", f"has two rows for {twice[0]}; keep one"
-        for why in (why for row in self.rows for why in row.problems()):
+        for why in (*(why for row in self.rows for why in row.problems()), *self._conflicts()):
             yield "rows", why
-        split = {name for name in SPLIT_BY_MODEL if name in table and "model" in table[name].weights}
-        if len(split & {"heads", "kv_heads"}) == 1:
-            yield "rows", "splits one of heads and kv_heads; split both over model, or neither"
-        if "batch" not in table or table["batch"].activations != BATCH_AXES:
-            yield "rows", f"must split the activations of batch over {', '.join(BATCH_AXES)}"
-        if "model" in table.get(RESIDUAL_TIME, Row(dimension=RESIDUAL_TIME)).activations:
-            if len(split) < len(SPLIT_BY_MODEL):
-                yield "rows", f"splits residual_time over model, which needs {', '.join(SPLIT_BY_MODEL)} split too"
-        elif self.sequence_parallel:
-            yield "sequence_parallel", "has no effect: layout.rows has no row `residual_time` over model"
-        if self.zero and not (ZERO in table and table[ZERO].weights):
-            yield "zero", "has no effect: layout.rows replaces the preset and has no row `zero` over data"
+
+    def _conflicts(self) -> Iterator[str]:
+        """Reasons why rows that are right by themselves do not go together."""
+        batch, time, residual_time, heads, kv_heads = (
+            self.row(name).activations for name in ("batch", "time", RESIDUAL_TIME, "heads", "kv_heads")
+        )
+        if heads != kv_heads:
+            if heads and kv_heads:
+                yield f"splits heads over {', '.join(heads)} and kv_heads over {', '.join(kv_heads)}; split both alike"
+            else:
+                yield "splits one of heads and kv_heads; split both over model, or neither"
+        if batch != BATCH_AXES:
+            yield f"must split the activations of batch over {', '.join(BATCH_AXES)}"
+        if wrong := [axis for axis in time if axis not in TIME_AXES]:
+            yield f"splits time over {wrong[0]}, of which attention sees only a part; legal: {', '.join(TIME_AXES)}"
+        if residual_time[: len(time)] != time:
+            yield f"splits time over {', '.join(time)}; residual_time must begin with the same axes"
+        for name in SPLIT_BY_MODEL:
+            for other, axes in (("batch", batch), ("time", time)):
+                if both := [axis for axis in self.row(name).activations if axis in axes]:
+                    yield f"maps both {other} and {name} to {both[0]}, and an activation has both"
+        sequence = {*self.sequence_axes}
+        whole = {name: sequence - {*self.row(name).activations} for name in SPLIT_BY_MODEL}
+        if any(whole[name] for name in NEED_TIME):
+            axes = ", ".join(self.sequence_axes)
+            yield f"splits residual_time over {axes}, which needs {', '.join(NEED_TIME)} split too"
+        elif sequence - whole["ff"] and whole["ff"]:
+            yield f"splits residual_time over {', '.join(self.sequence_axes)} and ff over a part of them; all, or none"
+
+    def row(self, dimension: str) -> Row:
+        """The row of a dimension, which splits nothing if the table has none."""
+        return next((row for row in self.table() if row.dimension == dimension), Row(dimension=dimension))
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage that row `zero` of the table amounts to."""
+        row = self.row(ZERO)
+        return 3 if row.gathered == "use" else 2 if row.gradients else 1 if row.weights else 0
+
+    @property
+    def sequence_axes(self) -> Axes:
+        """The axes that split time in the residual stream and nowhere else: sequence parallelism, if there are any."""
+        time = self.row("time").activations
+        return tuple(axis for axis in self.row(RESIDUAL_TIME).activations if axis not in time)
 
     def table(self) -> tuple[Row, ...]:
         if self.rows is not None:
@@ -122,6 +177,7 @@ class Layout:
         return megatron(self.zero, self.sequence_parallel, self.vocabulary == "sharded")
 
 
+@cache
 def megatron(zero: int, sequence_parallel: bool, shard_vocabulary: bool = True) -> tuple[Row, ...]:
     """Megatron-LM's tensor (and sequence) parallelism with ZeRO over `data`, and layers over `pipeline`.
 
@@ -143,6 +199,7 @@ def megatron(zero: int, sequence_parallel: bool, shard_vocabulary: bool = True) 
             weights=("data",) if zero >= 1 else (),
             gradients=("data",) if zero >= 2 else (),
             optimizer=("data",) if zero >= 1 else (),
+            gathered="use" if zero >= 3 else "step",
         ),
     )
 
@@ -157,6 +214,8 @@ class Weight:
     dims: str
     shape: tuple[int, ...]
     is_matrix: bool = True
+    meets: str = "BTD"
+    """Letters of the activation that it multiplies or is added to: its gradient is summed over what splits them."""
 
     def __post_init__(self):
         assert len(self.dims) == len(self.shape), self
@@ -243,25 +302,55 @@ class BoundLayout:
 
     def axes(self, dimension: str, column: Column) -> Axes:
         """The axes, larger than 1, that split a dimension in a column."""
-        for row in self.layout.table():
-            if row.dimension == dimension:
-                return tuple(axis for axis in getattr(row, column) if self.size(axis) > 1)
-        return ()
+        return self._present(getattr(self.layout.row(dimension), column))
+
+    def _present(self, axes: Axes) -> Axes:
+        return tuple(axis for axis in axes if self.size(axis) > 1)
 
     @property
     def batch_axes(self) -> Axes:
         return self.axes("batch", "activations")
 
     @property
-    def sequence_parallel(self) -> bool:
-        return "model" in self.axes(RESIDUAL_TIME, "activations")
+    def sequence_axes(self) -> Axes:
+        """The axes that split time in the residual stream and nowhere else."""
+        return self._present(self.layout.sequence_axes)
+
+    def letter_axes(self, letters: str) -> list[Axes]:
+        """The axes of each letter of an activation; T is `residual_time` in the residual stream."""
+        names = [DIMENSIONS[letter] for letter in letters]
+        if {*names} - NO_FEATURES and not any(self.takes_time(name) for name in names):
+            names = [RESIDUAL_TIME if name == "time" else name for name in names]
+        return [self.axes(name, "activations") for name in names]
+
+    def takes_time(self, dimension: str) -> bool:
+        """Whether a dimension is split over the axes that split the residual stream's time, which then is not."""
+        return bool(self.sequence_axes) and {*self.sequence_axes} <= {*self.axes(dimension, "activations")}
+
+    def splits(self, letters: str) -> Axes:
+        """The axes that split an activation, in the order of its letters."""
+        return tuple(dict.fromkeys(axis for axes in self.letter_axes(letters) for axis in axes))
 
     def activation(self, letters: str) -> PartitionSpec:
-        """The spec of an activation, by its letters: `BTD` is the residual stream, `BTNH` is not."""
-        names = [DIMENSIONS[letter] for letter in letters]
-        if "D" in letters:
-            names = [RESIDUAL_TIME if name == "time" else name for name in names]
-        return _spec([self.axes(name, "activations") for name in names])
+        """The PartitionSpec of an activation, by its letters."""
+        return _spec(self.letter_axes(letters))
+
+    def entered(self, letters: str) -> PartitionSpec:
+        """The PartitionSpec of an activation that has left the residual stream by `enter`: T is split as in `BT`."""
+        return _spec([self.letter_axes(letter)[0] for letter in letters])
+
+    def reduce_axes(self, weight: Weight) -> Axes:
+        """The axes over which a weight's gradient is summed: they split the activation that it meets, and not itself.
+
+        Every activation is of some layer too, so that a pipeline's stages, which L splits, sum what they share.
+        """
+        own = {axis for axes in self._in_use(weight) for axis in axes}
+        return tuple(axis for axis in self.splits(weight.meets + "L") if axis not in own)
+
+    def at_rest(self, weight: Weight) -> list[tuple[int, Axes]]:
+        """(dimension, axes) that split the stored weight and not the one in use, those gathered last first."""
+        zero, vocab = (self.zero_dim(weight), self.axes(ZERO, "weights")), (self.vocab_dim(weight), (STAGES,))
+        return [(dim, axes) for dim, axes in (zero, vocab) if dim is not None]
 
     def zero_dim(self, weight: Weight) -> int | None:
         """Index in `weight.dims` of the dimension that ZeRO splits; None if the weight stays whole.
@@ -309,12 +398,17 @@ class BoundLayout:
         able = [i for i in range(weight.layers, len(local)) if local[i] % self.size(STAGES) == 0]
         return max(able, key=lambda i: local[i], default=None)
 
-    def gathered(self, weight: Weight) -> PartitionSpec:
-        """The spec of a weight in use without a pipeline: split over `model` alone."""
-        return _spec([self.axes(DIMENSIONS[letter], "weights") for letter in weight.dims])
+    def _in_use(self, weight: Weight) -> list[Axes]:
+        return [self.axes(DIMENSIONS[letter], "activations") for letter in weight.dims]
 
-    def split_by_model(self, weight: Weight) -> bool:
-        return any("model" in self.axes(DIMENSIONS[letter], "weights") for letter in weight.dims)
+    def gathered(self, weight: Weight) -> PartitionSpec:
+        """The PartitionSpec of a weight in use: split as its letters are in activations."""
+        return _spec(self._in_use(weight))
+
+    @property
+    def gathers_at_use(self) -> bool:
+        """Whether stored shards are gathered by the layers that use them (ZeRO 3), and not once per step."""
+        return self.layout.row(ZERO).gathered == "use"
 
     def check(self, weights: Mapping[str, Weight]) -> None:
         """Refuse a conflict or an indivisible dimension.

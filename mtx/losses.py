@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtx.errors import Problem
-from mtx.spmd import Doors
+from mtx.spmd import Activations
 
 HIDDEN = -1e30
 
@@ -30,7 +30,7 @@ class CrossEntropy:
 
 
 def cross_entropy(
-    doors: Doors,
+    doors: Activations,
     config: CrossEntropy,
     h_BTD: jax.Array,
     table_VD: nnx.Param,
@@ -44,14 +44,14 @@ def cross_entropy(
     rest are padding that no token can be. The objective alone has a gradient, written by hand: the backward
     pass makes each chunk's logits again from the saved log-normaliser, so that no collective runs twice.
     """
-    rows = -(-h_BTD.shape[0] // doors.layout.size(*doors.layout.batch_axes)) if doors.global_shapes else h_BTD.shape[0]
-    T, split = target_BT.shape[1], doors.split("V")
+    parts = doors.parts("T")
+    rows, T = -(-target_BT.shape[0] // doors.parts("B")), target_BT.shape[1] // parts  # of one device
     span = max(1, config.chunk_tokens // rows)
     span = -(-T // -(-T // span))  # as many chunks, evenly filled
 
     def logits_of(h_BtD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BtV = doors.local_einsum("BTD,VD->BTV", h_BtD, w_VD, jnp.float32)
-        v = doors.index("V", logits_BtV, 2)
+        v = doors.index("BTV", "V", logits_BtV)
         return jnp.where(v < vocab_size, logits_BtV, HIDDEN), v
 
     def sums(h_BTD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -68,25 +68,22 @@ def cross_entropy(
             return (totals[0] + nll + z, totals[1] + nll), lse_Bt
 
         zero = jnp.zeros((), jnp.float32)
-        xs = tuple(split_time(x, span) for x in (h_BTD, target_BT, weight_BT))
+        xs = tuple(split_time(x, span, parts) for x in (h_BTD, target_BT, weight_BT))
         (objective, nll), lse_xBt = jax.lax.scan(chunk, (zero, zero), xs)
         return objective, nll, lse_xBt
 
-    def entered(h_BTD: jax.Array) -> jax.Array:
-        return doors.enter(h_BTD) if split else h_BTD
-
     @jax.custom_vjp
     def loss(h_BTD: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return sums(entered(h_BTD), doors.gather_for_use(table_VD.replace(table)))[:2]
+        return sums(doors.enter(h_BTD, "V"), doors.storage.for_use(table_VD.replace(table)))[:2]
 
     def forward(h_BTD, table):
-        h_BTD = entered(h_BTD)
-        objective, nll, lse_xBt = sums(h_BTD, doors.gather_for_use(table_VD.replace(table)))
+        h_BTD = doors.enter(h_BTD, "V")
+        objective, nll, lse_xBt = sums(h_BTD, doors.storage.for_use(table_VD.replace(table)))
         return (objective, nll), (h_BTD, table, lse_xBt)
 
     def backward(saved, cotangents):
         h_BTD, table, lse_xBt = saved
-        w_VD = doors.gather_for_use(table_VD.replace(table))
+        w_VD = doors.storage.for_use(table_VD.replace(table))
 
         def chunk(dw_VD, xs):
             h_BtD, target_Bt, weight_Bt, lse_Bt = xs
@@ -98,11 +95,10 @@ def cross_entropy(
             dw_VD = dw_VD + doors.local_einsum("BTV,BTD->VD", d_BtV, h_BtD, jnp.float32)
             return dw_VD, doors.local_einsum("BTV,VD->BTD", d_BtV, w_VD)
 
-        xs = (*(split_time(x, span) for x in (h_BTD, target_BT, weight_BT)), lse_xBt)
+        xs = (*(split_time(x, span, parts) for x in (h_BTD, target_BT, weight_BT)), lse_xBt)
         dw_VD, dh_xBtD = jax.lax.scan(chunk, jnp.zeros_like(w_VD, jnp.float32), xs)
-        dh_BTD = join_time(dh_xBtD, T)
-        dh_BTD = doors.sum_residual(dh_BTD) if split else dh_BTD
-        return dh_BTD.astype(h_BTD.dtype), doors.scatter_gradient(table_VD.weight, dw_VD).astype(table.dtype)
+        dh_BTD = doors.leave(join_time(dh_xBtD, T, parts), "V")
+        return dh_BTD.astype(h_BTD.dtype), doors.storage.scatter_gradient(table_VD.weight, dw_VD).astype(table.dtype)
 
     loss.defvjp(forward, backward)
     objective, nll = loss(h_BTD, table_VD[...])
@@ -110,37 +106,43 @@ def cross_entropy(
 
 
 def pair_loss(
-    doors: Doors,
+    doors: Activations,
     answer: Callable[[jax.Array], jax.Array],
     h_BTD: jax.Array,
     label_BT: jax.Array,
     weight_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same sums of whether pairs belong together, which the first token tells; `answer` gives logits_BTA of h_BTD.
+    """The same sums of whether pairs belong together, which the first token tells; `answer` gives its logits_BA.
 
     A pair weighs as much as the targets of its row together, so that over a batch the loss is the tokens' mean and the
     pairs' mean, added, as in BERT, if rows have equally many targets.
     """
-    first_BTD, here = doors.first(h_BTD)
-    logits_BTA = answer(first_BTD)
-    said_BT = jnp.where(label_BT[:, :1] == 1, logits_BTA[..., 1], logits_BTA[..., 0])
-    nll_BT = jax.nn.logsumexp(logits_BTA, axis=-1) - said_BT
-    mine = jnp.sum(nll_BT * jnp.sum(weight_BT, axis=1, keepdims=True)) * here
-    nll = doors.sum_time(jax.lax.stop_gradient(mine))
-    return mine + (nll - jax.lax.stop_gradient(mine)), nll
+    logits_BA = answer(doors.first("BTD", h_BTD))
+    said_B = jnp.where(doors.first("BT", label_BT) == 1, logits_BA[:, 1], logits_BA[:, 0])
+    nll_B = jax.nn.logsumexp(logits_BA, axis=-1) - said_B
+    nll = jnp.sum(nll_B * doors.sum_over("T", jnp.sum(weight_BT, axis=1)))
+    whole = jax.lax.stop_gradient(nll)
+    part = whole if doors.global_shapes else whole / doors.layout.size(*doors.layout.splits("T"))
+    return nll + (part - whole), part
 
 
-def split_time(x_BT: jax.Array, span: int) -> jax.Array:
-    """(B, T, ...) -> (chunks, B, span, ...), the last chunk padded with zeros."""
+def split_time(x_BT: jax.Array, span: int, parts: int = 1) -> jax.Array:
+    """(B, T, ...) -> (chunks, B, parts * span, ...): `span` tokens of each part of time, the last padded with zeros."""
     B, T, *rest = x_BT.shape
+    lead, T = (B, parts) if parts > 1 else (B,), T // parts
     span = min(span, T)
     chunks = -(-T // span)
+    x = x_BT.reshape(*lead, T, *rest)
     if chunks * span != T:
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, chunks * span - T), *((0, 0) for _ in rest)))
-    return jnp.moveaxis(x_BT.reshape(B, chunks, span, *rest), 1, 0)
+        x = jnp.pad(x, (*((0, 0) for _ in lead), (0, chunks * span - T), *((0, 0) for _ in rest)))
+    x_xBt = jnp.moveaxis(x.reshape(*lead, chunks, span, *rest), len(lead), 0)
+    return x_xBt.reshape(chunks, B, parts * span, *rest)
 
 
-def join_time(y_xBt: jax.Array, time: int) -> jax.Array:
-    """The inverse of `split_time`."""
-    chunks, B, span, *rest = y_xBt.shape
-    return jnp.moveaxis(y_xBt, 0, 1).reshape(B, chunks * span, *rest)[:, :time]
+def join_time(y_xBt: jax.Array, time: int, parts: int = 1) -> jax.Array:
+    """The inverse of `split_time`; `time` is the length of a part."""
+    chunks, B, _, *rest = y_xBt.shape
+    lead = (B, parts) if parts > 1 else (B,)
+    y = jnp.moveaxis(y_xBt.reshape(chunks, *lead, -1, *rest), 0, len(lead))
+    y = jax.lax.slice_in_dim(y.reshape(*lead, -1, *rest), 0, time, axis=len(lead))
+    return y.reshape(B, parts * time, *rest)

@@ -32,7 +32,7 @@ from mtx.layers import (
     weight,
 )
 from mtx.layout import Placement, Weight
-from mtx.spmd import Doors, Params, relay, this_stage
+from mtx.spmd import Activations, Params, relay, this_stage
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words
 
@@ -139,10 +139,10 @@ class Ends(nnx.Module):
             self.position_CD = weight(rngs, "CD", (config.positions.length, D), init)
         if config.pairs:
             self.type_CD = weight(rngs, "CD", (2, D), init)
-            self.pool_DQ = weight(rngs, "DQ", (D, D), init)
-            self.pool_bias_Q = vector(rngs, "Q", (D,), 0.0)
-            self.answer_QA = weight(rngs, "QA", (D, 2), init)
-            self.answer_bias_A = vector(rngs, "A", (2,), 0.0)
+            self.pool_DQ = weight(rngs, "DQ", (D, D), init, meets="BD")
+            self.pool_bias_Q = vector(rngs, "Q", (D,), 0.0, meets="BQ")
+            self.answer_QA = weight(rngs, "QA", (D, 2), init, meets="BQ")
+            self.answer_bias_A = vector(rngs, "A", (2,), 0.0, meets="BA")
         self.norm = config.norm.build(D, rngs)
         if not config.tied_head:
             self.head_VD = weight(rngs, "VD", (V, D), init)
@@ -156,11 +156,11 @@ class Ends(nnx.Module):
             x_BTD = x_BTD + context.doors.embed(context.type_BT, self.type_CD)
         return dropout(x_BTD, self.config.dropout, context, "embedding")
 
-    def answer(self, x_BTD: jax.Array, doors: Doors) -> jax.Array:
-        """Float32 logits_BTA of whether a pair belongs together (0) or not (1), from the final norm's output."""
-        pooled_BTQ = jnp.tanh(add_bias(doors.project("BTD,DQ->BTQ", x_BTD, self.pool_DQ), self.pool_bias_Q))
-        logits_BTA = add_bias(doors.project("BTQ,QA->BTA", pooled_BTQ, self.answer_QA), self.answer_bias_A)
-        return logits_BTA.astype(jnp.float32)
+    def answer(self, first_BD: jax.Array, doors: Activations) -> jax.Array:
+        """Float32 logits_BA of whether a pair belongs together (0) or not (1), from the first token's final norm."""
+        pooled_BQ = jnp.tanh(add_bias(doors.project("BD,DQ->BQ", first_BD, self.pool_DQ), self.pool_bias_Q))
+        logits_BA = add_bias(doors.project("BQ,QA->BA", pooled_BQ, self.answer_QA), self.answer_bias_A)
+        return logits_BA.astype(jnp.float32)
 
     @property
     def head(self) -> nnx.Param:
@@ -235,7 +235,7 @@ class Model:
         ends = _arrays(Ends(self.config, nnx.Rngs(params=jax.random.fold_in(key, self.config.layers))))
         return {"ends": ends, "layers": jax.vmap(block)(jnp.asarray(self.placement.layer_of_row))}
 
-    def context(self, batch: Batch, doors: Doors, mask: Mask, key_B: Words | None) -> Context:
+    def context(self, batch: Batch, doors: Activations, mask: Mask, key_B: Words | None) -> Context:
         """What the layers share. `key_B` turns dropout on."""
         config = self.config
         dropped = config.dropout > 0 or config.attention_dropout > 0
@@ -254,7 +254,7 @@ class Model:
         """What head and loss read of the last layer's x_BTD."""
         return _merge(self._ends, ends).norm(x_BTD)
 
-    def hidden(self, params: Params, batch: Batch, doors: Doors, mask: Mask, key_B: Words | None) -> jax.Array:
+    def hidden(self, params: Params, batch: Batch, doors: Activations, mask: Mask, key_B: Words | None) -> jax.Array:
         """x_BTD of the residual stream after the final norm. `key_B` turns dropout on."""
         context = self.context(batch, doors, mask, key_B)
 
@@ -299,25 +299,24 @@ class Model:
 
         return relay(place, chunk, x, own)
 
-    def answer(self, ends: Params, h_BTD: jax.Array, doors: Doors) -> jax.Array:
-        """Float32 logits_BTA for pairs, of `hidden`'s result."""
-        return _merge(self._ends, ends).answer(h_BTD, doors)
+    def answer(self, ends: Params, first_BD: jax.Array, doors: Activations) -> jax.Array:
+        """Float32 logits_BA for pairs, from the first token of `hidden`'s result."""
+        return _merge(self._ends, ends).answer(first_BD, doors)
 
     def head(self, ends: Params) -> nnx.Param:
         """The output projection, token_VD or its own."""
         return _merge(self._ends, ends).head
 
-    def logits(self, params: Params, batch: Batch, doors: Doors, mask: Mask) -> jax.Array:
+    def logits(self, params: Params, batch: Batch, doors: Activations, mask: Mask) -> jax.Array:
         """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it)."""
         return self.unembed(params, self.hidden(params, batch, doors, mask, None), doors)
 
-    def unembed(self, params: Params, h_BTD: jax.Array, doors: Doors) -> jax.Array:
+    def unembed(self, params: Params, h_BTD: jax.Array, doors: Activations) -> jax.Array:
         """Float32 logits_BTV of `hidden`'s result."""
-        if doors.split("V"):
-            h_BTD = doors.enter(h_BTD)
-        return doors.local_einsum("BTD,VD->BTV", h_BTD, doors.gather_for_use(self.head(params["ends"])), jnp.float32)
+        w_VD = doors.storage.for_use(self.head(params["ends"]))
+        return doors.local_einsum("BTD,VD->BTV", doors.enter(h_BTD, "V"), w_VD, jnp.float32)
 
-    def cache(self, rows: int, slots: int, doors: Doors) -> Cache:
+    def cache(self, rows: int, slots: int, doors: Activations) -> Cache:
         """An empty cache for B rows, of all batch shards together, and S slots."""
         attention = self.config.attention
         shape = (self.placement.rows, rows, slots, attention.kv_heads or attention.heads, self.config.head_size)
@@ -331,7 +330,7 @@ class Model:
         seen_BTS: jax.Array,
         slot: jax.Array | int,
         cache: Cache,
-        doors: Doors,
+        doors: Activations,
     ) -> tuple[jax.Array, Cache]:
         """`hidden` of T more tokens, which go into the cache from `slot` on and see `seen_BTS` of its slots."""
         mask = self.mask(documents=False)

@@ -22,7 +22,17 @@ from mtx.losses import CrossEntropy, cross_entropy, pair_loss
 from mtx.model import Batch, Model
 from mtx.optim import Counter, Optimizer, Progress
 from mtx.pipeline import Engine, Interleaved, OneFOneB, Parts, Schedule, to_order, to_rows
-from mtx.spmd import Compiled, CompiledDoors, Doors, Manual, ManualDoors, Params, map_weights
+from mtx.spmd import (
+    Activations,
+    Compiled,
+    CompiledActivations,
+    CompiledStorage,
+    Manual,
+    ManualActivations,
+    ManualStorage,
+    Params,
+    map_weights,
+)
 from pallas_kernels.masks import Mask, Prefix
 from pallas_kernels.threefry import Words, threefry2x32
 
@@ -83,8 +93,8 @@ class Program:
 
     @property
     def rows_spec(self) -> P:
-        """Of a Batch_BT."""
-        return P(*self.layout.activation("B"), None)
+        """PartitionSpec of a Batch_BT."""
+        return self.layout.activation("BT")
 
     @cached_property
     def state_shardings(self) -> TrainState:
@@ -213,14 +223,14 @@ class Program:
 
     # Gradients.
 
-    def doors(self) -> Doors:
-        doors = CompiledDoors if isinstance(self.partition, Compiled) else ManualDoors
-        config = self.model.config
-        return doors(
-            layout=self.layout,
-            compute=self.compute,
+    def doors(self) -> Activations:
+        compiled = isinstance(self.partition, Compiled)
+        storage = CompiledStorage if compiled else ManualStorage
+        activations = CompiledActivations if compiled else ManualActivations
+        return activations(
+            storage=storage(self.layout, self.compute),
             device=self.mesh.devices.flat[0],
-            unrolled=config.unroll >= self.model.placement.size,
+            unrolled=self.model.config.unroll >= self.model.placement.size,
         )
 
     def exact(self) -> contextlib.AbstractContextManager:
@@ -301,11 +311,12 @@ class Program:
     def _place(self, x: jax.Array, spec: P) -> jax.Array:
         return jax.reshard(x, spec) if self.mesh.size > 1 else x
 
-    def use(self, doors: Doors, params: Params) -> Params:
-        """Weights as the layers take them. Stages 1 and 2 gather here, once per step."""
+    def use(self, doors: Activations, params: Params) -> Params:
+        """Weights as the layers take them. ZeRO 1 and 2 gather here, once per step; ZeRO 3 gathers in each layer."""
+        storage = doors.storage
         if self.stages > 1:
-            params = map_weights(doors.gather_stages, self.weights, params)
-        return params if doors.at_use else map_weights(doors.gather, self.weights, params)
+            params = map_weights(storage.gather_stages, self.weights, params)
+        return params if storage.at_use else map_weights(storage.gather, self.weights, params)
 
     def _accumulate(self, doors, params, batch: Batch, sample_MB: Counter, seed, count) -> tuple[Params, jax.Array]:
         def microbatch(i: jax.Array | int) -> tuple[Params, jax.Array]:
@@ -317,7 +328,7 @@ class Program:
                 return sums[0], sums
 
             gradients, sums = jax.grad(objective, has_aux=True)(params)
-            gradients = map_weights(doors.scatter_microbatch, self.weights, gradients)
+            gradients = map_weights(doors.storage.scatter_microbatch, self.weights, gradients)
             return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
         if batch.tokens.shape[0] == 1:
@@ -326,11 +337,11 @@ class Program:
         zeros = jax.tree.map(partial(_zeros, doors.global_shapes), shapes)
         return lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, microbatch(i)), zeros)
 
-    def _sums(self, doors: Doors, params: Params, batch: Batch, key_B: Words | None) -> jax.Array:
+    def _sums(self, doors: Activations, params: Params, batch: Batch, key_B: Words | None) -> jax.Array:
         """(objective, cross entropy, label weight) of this rank's rows."""
         return self._loss(doors, params["ends"], self.model.hidden(params, batch, doors, self.mask, key_B), batch)
 
-    def _loss(self, doors: Doors, ends: Params, h_BTD: jax.Array, batch: Batch) -> jax.Array:
+    def _loss(self, doors: Activations, ends: Params, h_BTD: jax.Array, batch: Batch) -> jax.Array:
         head, vocab = self.model.head(ends), self.model.config.vocab_size
         objective, nll = cross_entropy(doors, self.loss, h_BTD, head, batch.targets, batch.weights, vocab)
         if self.model.config.pairs:
@@ -340,8 +351,8 @@ class Program:
             objective, nll = objective + pairs[0], nll + pairs[1]
         return jnp.stack([objective, nll, jnp.sum(batch.weights)])
 
-    def _reduce(self, doors: Doors, gradients: Params, sums: jax.Array) -> tuple[Params, jax.Array]:
-        return map_weights(doors.reduce_gradient, self.weights, gradients), doors.sum_over("B", sums)
+    def _reduce(self, doors: Activations, gradients: Params, sums: jax.Array) -> tuple[Params, jax.Array]:
+        return map_weights(doors.storage.reduce_gradient, self.weights, gradients), doors.sum_over("BT", sums)
 
     # Pipelines.
 
@@ -354,7 +365,7 @@ class Program:
         key_MB = sequence_keys(seed, sample_MB)
         return self._engine(doors, batch.tokens.shape[0]).gradients(params, (batch, key_MB), count)
 
-    def _engine(self, doors: Doors, microbatches: int, forward: bool = False) -> Engine:
+    def _engine(self, doors: Activations, microbatches: int, forward: bool = False) -> Engine:
         model, config = self.model, self.model.config
         schedule = self._forward_only if forward else self.schedule
 
@@ -375,7 +386,7 @@ class Program:
             placement=model.placement,
             table=schedule.table(self.stages, microbatches, keeps=forward or config.remat != "stage"),
             weights=self.weights,
-            scatter=doors.scatter_microbatch,
+            scatter=doors.storage.scatter_microbatch,
             unroll=config.unroll,
         )
 
@@ -446,7 +457,7 @@ class Program:
             else:
                 parts = [jax.tree.map(lambda x: x[i], batch) for i in range(count)]  # noqa: B023 (used at once)
                 sums = sum((self._sums(doors, used, part, None) for part in parts), start=jnp.zeros(3))
-            return doors.sum_over("B", sums[1:])
+            return doors.sum_over("BT", sums[1:])
 
         with self.exact():
             return self.mapped(run, (self.stored_specs, self.batch_spec), P())(params, batch)

@@ -20,7 +20,7 @@ from mtx.layout import Weight
 from mtx.losses import CrossEntropy
 from mtx.model import Transformer, flatten
 from mtx.optim import AdamW
-from mtx.spmd import ManualDoors, manual
+from mtx.spmd import ManualActivations, ManualStorage, manual
 
 M, ROWS, T = 4, 2, 128  # microbatches, sequences per batch shard, tokens
 MODEL = Transformer(
@@ -213,21 +213,25 @@ def test_tensor_and_data_parallel_do_not_mix(backend: str):
 
 def test_controls(monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as m:
-        m.setattr(ManualDoors, "scatter_microbatch", scatter_always)
-        m.setattr(ManualDoors, "reduce_gradient", lambda self, w, g: g)
+        m.setattr(ManualStorage, "scatter_microbatch", scatter_always)
+        m.setattr(ManualStorage, "reduce_gradient", lambda self, w, g: g)
         with pytest.raises(AssertionError):
             check_data_parallel(1, Census("cpu", (1, 8, 1), zero=1))
     with monkeypatch.context() as m:
-        m.setattr(manual, "_sum_gradient", lambda x: manual._sum(x))
+        m.setattr(manual, "_sum_gradient", manual._sum)
         with pytest.raises(AssertionError):
             check_tensor_parallel("none", Census("cpu", (1, 1, 8)))
     with monkeypatch.context() as m:
-        m.setattr(ManualDoors, "leave", lambda self, y: manual._sum(y)[:, : y.shape[1] // 8])
+        m.setattr(ManualActivations, "leave", summed_and_cut)
         with pytest.raises(AssertionError):
             check_sequence_parallel(Census("cpu", (1, 1, 8), sequence_parallel=True))
 
 
-def scatter_always(self: ManualDoors, weight: Weight, gradient):
+def summed_and_cut(self: ManualActivations, y_BTD, letters: str):
+    return manual._sum(("model",), y_BTD)[:, : y_BTD.shape[1] // 8] if self.layout.splits(letters) else y_BTD
+
+
+def scatter_always(self: ManualStorage, weight: Weight, gradient):
     zero = self.layout.zero_dim(weight)
     return gradient if zero is None else lax.psum_scatter(gradient, "data", scatter_dimension=zero, tiled=True)
 
@@ -265,6 +269,6 @@ def test_memory(zero: int):
 
 
 def test_memory_control(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ManualDoors, "at_use", False)  # stage 3 gathers everything at once
+    monkeypatch.setattr(ManualStorage, "at_use", False)  # stage 3 gathers everything at once
     with pytest.raises(AssertionError):
         check_memory(3)

@@ -14,7 +14,7 @@ import toys
 from mtx.layout import megatron
 from mtx.model import flatten
 from mtx.optim import AdamW, Constant, Sgd, Steps
-from mtx.spmd import Compiled, Manual, ManualDoors, manual, map_weights
+from mtx.spmd import Compiled, Manual, ManualActivations, ManualStorage, manual, map_weights
 
 MODELS = {"gpt": toys.GPT, "llama": toys.LLAMA, "odd": toys.ODD}
 GRADIENTS = 1e-5
@@ -136,13 +136,13 @@ def test_a_replaced_table_changes_nothing(what: str, model: str):
 # Controls: each breaks one collective of the layout, and the matrix must see it.
 
 BREAKS = {
-    "no sum at the entry": lambda m: m.setattr(manual, "_sum_gradient", lambda x: x),
+    "no sum at the entry": lambda m: m.setattr(manual, "_sum_gradient", lambda axes, x: x),
     "no sum of norm gains over model": lambda m: m.setattr(
-        ManualDoors, "reduce_gradient", lambda self, w, g: jax.lax.psum(g, self.layout.batch_axes)
+        ManualStorage, "reduce_gradient", lambda self, w, g: jax.lax.psum(g, self.layout.batch_axes)
     ),
-    "gradients of one replica": lambda m: m.setattr(ManualDoors, "reduce_gradient", lambda self, w, g: g),
+    "gradients of one replica": lambda m: m.setattr(ManualStorage, "reduce_gradient", lambda self, w, g: g),
     "dropout by local position": lambda m: m.setattr(
-        ManualDoors, "index", lambda self, letter, x, axis: jnp.arange(x.shape[axis])
+        ManualActivations, "index", lambda self, letters, letter, x: jnp.arange(x.shape[letters.index(letter)])
     ),
 }
 BROKEN = {

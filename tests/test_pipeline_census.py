@@ -90,15 +90,15 @@ def pipeline(
 def check_between_stages(c: Pipeline, vocabulary: str = "sharded") -> None:
     """Two permutes of an activation per tick; over `pipeline` else only the vocabulary, once, and sums of the ends."""
     unit = ROWS * T * MODEL.width * c.wire
-    if c.program.layout.sequence_parallel:
+    if c.program.layout.sequence_axes:
         unit //= c.mesh[1]
     assert c.bytes("collective-permute", "pipeline", ticks=True) == 2 * c.table.ticks * unit
     for kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all"):
         assert c.bytes(kind, "pipeline", ticks=True) == 0, kind
     assert c.bytes("collective-permute", "pipeline") == 0
-    stored = c.vocabulary // (c.mesh[0] if c.program.layout.layout.zero else 1)
+    stored = c.vocabulary // (c.mesh[0] if c.program.layout.layout.zero_stage else 1)
     gathered, scattered, reduced = c.wire * c.vocabulary, 4 * stored, 4 * c.ends
-    if c.program.layout.layout.zero:  # gathered over the stages first, the rest over data
+    if c.program.layout.layout.zero_stage:  # gathered over the stages first, the rest over data
         gathered = c.wire * stored
     if vocabulary == "replicated":
         gathered, scattered, reduced = 0, 0, reduced + 4 * stored
@@ -112,7 +112,7 @@ def check_over_data(c: Pipeline, vocabulary: str = "sharded") -> None:
     for kind in ("all-reduce", "all-gather", "reduce-scatter"):
         assert c.bytes(kind, "data", ticks=True) == 0, kind
     psi = c.layers + c.vocabulary
-    if c.program.layout.layout.zero == 0:
+    if c.program.layout.layout.zero_stage == 0:
         shared = c.layers + c.vocabulary // (STAGES if vocabulary == "sharded" else 1)  # scattered over stages before
         near(c.bytes("all-reduce", "data"), 4 * (shared + c.vectors + c.ends), 4 * SCALARS)
     else:

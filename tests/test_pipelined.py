@@ -22,7 +22,7 @@ from mtx.layout import Placement
 from mtx.model import Model, flatten
 from mtx.optim import AdamW, Constant, Steps
 from mtx.pipeline import GPipe, Interleaved, OneFOneB, ZeroBubble, engine
-from mtx.spmd import ManualDoors
+from mtx.spmd import ManualStorage
 
 MODELS = {"gpt": toys.GPT, "llama": toys.LLAMA}
 """With a tied head, and with one of its own."""
@@ -146,7 +146,7 @@ def test_bfloat16_rounds_as_it_does_without_a_pipeline(schedule: int, mesh: tupl
 
 BREAKS = {
     "both stages' embeddings": lambda m: m.setattr(
-        ManualDoors, "reduce_gradient", lambda self, w, g: jax.lax.psum(g, "data") if w.layers else g
+        ManualStorage, "reduce_gradient", lambda self, w, g: jax.lax.psum(g, "data") if w.layers else g
     ),
     "gradients of one microbatch": lambda m: m.setattr(
         engine._Run, "_add", lambda self, sums, found, row: engine_first(self, sums, found, row)

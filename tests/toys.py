@@ -83,12 +83,13 @@ def program(
     devices=None,
     steps: int = 10,
     stages: int = 1,
+    context: int = 1,
     schedule: Schedule = OneFOneB(),
     vocabulary: Literal["sharded", "replicated"] = "sharded",
 ) -> Program:
     replica, data, tensor = mesh
-    devices = jax.devices()[: stages * math.prod(mesh)] if devices is None else devices
-    made = meshes.make(MeshConfig(pipeline=stages, replica=replica, data=data, model=tensor), devices)
+    devices = jax.devices()[: stages * context * math.prod(mesh)] if devices is None else devices
+    made = meshes.make(MeshConfig(pipeline=stages, replica=replica, data=data, context=context, model=tensor), devices)
     wanted = Layout(zero=zero, sequence_parallel=sequence_parallel, vocabulary=vocabulary, rows=rows)
     layout = BoundLayout.of(wanted, dict(made.shape))
     built = Model(model, Placement.even(model.layers, stages, schedule.per_stage() if stages > 1 else 1))

@@ -31,8 +31,8 @@ def banner(
     return "\n".join(
         [
             f"mesh        {mesh_text(program)} ({program.mesh.size} x {device.device_kind}, "
-            f"{type(program.partition).__name__}, zero={config.layout.zero}, "
-            f"sequence_parallel={config.layout.sequence_parallel})",
+            f"{type(program.partition).__name__}, zero={config.layout.zero_stage}, "
+            f"sequence_parallel={bool(config.layout.sequence_axes)})",
             f"precision   compute {dtype} ({why}), parameters {config.precision.params}",
             f"model       {parameters:,} parameters, {config.model.layers} layers of width {config.model.width}",
             f"batch       {tokens:,} tokens: {config.batch.global_size} x {config.batch.sequence_length} "
