@@ -29,6 +29,7 @@ ORDER = (
         "mesh",
         "layout",
         "spmd",
+        "sums",
         "hlo",
         "layers",
         "attention",
