@@ -262,7 +262,7 @@ def _seen(mask: Mask, length_B: jax.Array, filled: int, step: jax.Array, most: i
 
 
 def _next_logits(program: Program, params: Params, h_BTD: jax.Array, doors: Activations) -> jax.Array:
-    """Logits_BV of the one token of each row, over the padded vocabulary, alike on all `model` ranks."""
+    """Logits_BV of the one token of each row, over the padded vocabulary, alike on all ranks that split it."""
     return doors.whole("BTV", "V", program.model.unembed(params, h_BTD, doors))[:, 0]
 
 

@@ -8,7 +8,7 @@ every `PartitionSpec` and refuses conflicts and indivisible dimensions by name.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -24,9 +24,14 @@ Column = Literal["weights", "gradients", "optimizer", "activations"]
 ZERO = "zero"
 """Stands for a weight's ZeRO dimension: the largest that divides and is not minor-most."""
 RESIDUAL_TIME = "residual_time"
-"""Time in the residual stream (an activation with a D), where norms and dropout run."""
+"""Time in the residual stream, where norms and dropout run (`BTD`). Elsewhere it is `time`: in the batch (`BT`), and
+where another letter takes over the axes that split the residual stream's time (`BTNH`)."""
 SPLIT_BY_MODEL = ("heads", "kv_heads", "ff", "vocab")
 """The dimensions that tensor parallelism may split."""
+NEED_TIME = ("heads", "kv_heads", "vocab")
+"""Those of them that are not without all of time: attention, and the loss, which has the batch's."""
+NO_FEATURES = frozenset({"batch", "time", "key_time", "layer"})
+"""The dimensions of an activation that say which token it is of, and in which layer."""
 TIME_AXES = ("context",)
 """The axes that may split time everywhere, in attention too."""
 LAYER = "layer"
@@ -142,10 +147,13 @@ class Layout:
             for other, axes in (("batch", batch), ("time", time)):
                 if both := [axis for axis in self.row(name).activations if axis in axes]:
                     yield f"maps both {other} and {name} to {both[0]}, and an activation has both"
-        whole = [n for n in SPLIT_BY_MODEL if not {*self.sequence_axes} <= {*self.row(n).activations}]
-        if whole:
+        sequence = {*self.sequence_axes}
+        whole = {name: sequence - {*self.row(name).activations} for name in SPLIT_BY_MODEL}
+        if any(whole[name] for name in NEED_TIME):
             axes = ", ".join(self.sequence_axes)
-            yield f"splits residual_time over {axes}, which needs {', '.join(SPLIT_BY_MODEL)} split too"
+            yield f"splits residual_time over {axes}, which needs {', '.join(NEED_TIME)} split too"
+        elif sequence - whole["ff"] and whole["ff"]:
+            yield f"splits residual_time over {', '.join(self.sequence_axes)} and ff over a part of them; all, or none"
 
     def row(self, dimension: str) -> Row:
         """The row of a dimension, which splits nothing if the table has none."""
@@ -169,6 +177,7 @@ class Layout:
         return megatron(self.zero, self.sequence_parallel, self.vocabulary == "sharded")
 
 
+@cache
 def megatron(zero: int, sequence_parallel: bool, shard_vocabulary: bool = True) -> tuple[Row, ...]:
     """Megatron-LM's tensor (and sequence) parallelism with ZeRO over `data`, and layers over `pipeline`.
 
@@ -308,14 +317,18 @@ class BoundLayout:
         return self._present(self.layout.sequence_axes)
 
     def letter_axes(self, letters: str) -> list[Axes]:
-        """The axes of each letter of an activation: `BTD` is the residual stream, `BTNH` is not."""
+        """The axes of each letter of an activation; T is `residual_time` in the residual stream."""
         names = [DIMENSIONS[letter] for letter in letters]
-        if "D" in letters:
+        if {*names} - NO_FEATURES and not any(self.takes_time(name) for name in names):
             names = [RESIDUAL_TIME if name == "time" else name for name in names]
         return [self.axes(name, "activations") for name in names]
 
+    def takes_time(self, dimension: str) -> bool:
+        """Whether a dimension is split over the axes that split the residual stream's time, which then is not."""
+        return bool(self.sequence_axes) and {*self.sequence_axes} <= {*self.axes(dimension, "activations")}
+
     def splits(self, letters: str) -> Axes:
-        """The axes that split an activation, in the order of its letters; of `BTNH->N`, those of the letters summed over."""
+        """The axes that split an activation, in the order of its letters; of `BTNH->N`, those of B, T and H."""
         letters, _, kept = letters.partition("->")
         each = zip(letters, self.letter_axes(letters), strict=True)
         return tuple(dict.fromkeys(axis for letter, axes in each if letter not in kept for axis in axes))

@@ -14,7 +14,7 @@ from mtx.sums import Statistics, Sum
 
 HIDDEN = -1e30
 STATISTICS: Statistics = {"objective": Sum("BT->"), "cross_entropy": Sum("BT->"), "labels": Sum("BT->")}
-"""What a loss gives: what is minimised, the cross entropy in nats, and the labels' weight, which both are divided by."""
+"""What a loss gives: what is minimised, the cross entropy in nats, and the labels' weight, which divides both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def cross_entropy(
     rest are padding that no token can be. The objective alone has a gradient, written by hand: the backward
     pass makes each chunk's logits again from the saved log-normaliser, so that no collective runs twice.
     """
-    T, span = target_BT.shape[1], _span(doors, config, target_BT)
+    parts, span = doors.parts("T"), _span(doors, config, target_BT)
 
     def sums(h_BTD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def chunk(totals, xs):
@@ -60,7 +60,7 @@ def cross_entropy(
             return (totals[0] + nll + z, totals[1] + nll), lse_Bt
 
         zero = jnp.zeros((), jnp.float32)
-        xs = tuple(split_time(x, span) for x in (h_BTD, target_BT, weight_BT))
+        xs = tuple(split_time(x, span, parts) for x in (h_BTD, target_BT, weight_BT))
         (objective, nll), lse_xBt = jax.lax.scan(chunk, (zero, zero), xs)
         return objective, nll, lse_xBt
 
@@ -87,9 +87,9 @@ def cross_entropy(
             dw_VD = dw_VD + doors.local_einsum("BTV,BTD->VD", d_BtV, h_BtD, jnp.float32)
             return dw_VD, doors.local_einsum("BTV,VD->BTD", d_BtV, w_VD)
 
-        xs = (*(split_time(x, span) for x in (h_BTD, target_BT, weight_BT)), lse_xBt)
+        xs = (*(split_time(x, span, parts) for x in (h_BTD, target_BT, weight_BT)), lse_xBt)
         dw_VD, dh_xBtD = jax.lax.scan(chunk, jnp.zeros_like(w_VD, jnp.float32), xs)
-        dh_BTD = doors.leave(join_time(dh_xBtD, T), "V")
+        dh_BTD = doors.leave(join_time(dh_xBtD, target_BT.shape[1] // parts, parts), "V")
         return dh_BTD.astype(h_BTD.dtype), doors.storage.scatter_gradient(table_VD.weight, dw_VD).astype(table.dtype)
 
     loss.defvjp(forward, backward)
@@ -98,10 +98,9 @@ def cross_entropy(
 
 
 def _span(doors: Activations, config: CrossEntropy, target_BT: jax.Array) -> int:
-    """Length in time of the chunks of tokens."""
-    shards = doors.layout.size(*doors.layout.batch_axes) if doors.global_shapes else 1
-    B, T = target_BT.shape
-    span = max(1, config.chunk_tokens // -(-B // shards))
+    """Length of a chunk in each device's part of time."""
+    B, T = -(-target_BT.shape[0] // doors.parts("B")), target_BT.shape[1] // doors.parts("T")
+    span = max(1, config.chunk_tokens // B)
     return -(-T // -(-T // span))  # as many chunks, evenly filled
 
 
@@ -150,7 +149,7 @@ def score_rows(
     def chunk(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, RowScores]:
         h_BtD, target_Bt, weight_Bt = xs
         logits_BtV, v = _logits(doors, h_BtD, w_VD, vocab_size)
-        nll_Bt, _, top_Bt = _nll(doors, logits_BtV, v, target_Bt)
+        nll_Bt, _lse_Bt, top_Bt = _nll(doors, logits_BtV, v, target_Bt)
         tied_BtV = jnp.where(logits_BtV == top_Bt[..., None], v, vocab_size)
         first_Bt = -doors.max_over("V", jnp.max(-tied_BtV, axis=-1))
         counts_Bt = weight_Bt > 0
@@ -159,8 +158,9 @@ def score_rows(
         each = (-nll_Bt * weight_Bt, counts_Bt, greedy_Bt)
         return None, RowScores(*(jnp.sum(x, axis=1, dtype=t) for x, t in zip(each, dtypes, strict=True)))
 
-    span = _span(doors, config, target_BT)
-    _, scores_xB = jax.lax.scan(chunk, None, tuple(split_time(x, span) for x in (h_BTD, target_BT, weight_BT)))
+    parts, span = doors.parts("T"), _span(doors, config, target_BT)
+    xs = tuple(split_time(x, span, parts) for x in (h_BTD, target_BT, weight_BT))
+    _, scores_xB = jax.lax.scan(chunk, None, xs)
     return RowScores(*(doors.sum_over("T", jnp.sum(x, axis=0)) for x in scores_xB))
 
 
@@ -176,8 +176,8 @@ def pair_loss(
     A pair weighs as much as the targets of its row together, so that over a batch the loss is the tokens' mean and the
     pairs' mean, added, as in BERT, if rows have equally many targets.
     """
-    logits_BA = answer(doors.first(h_BTD))
-    said_B = jnp.where(label_BT[:, 0] == 1, logits_BA[:, 1], logits_BA[:, 0])
+    logits_BA = answer(doors.first("BTD", h_BTD))
+    said_B = jnp.where(doors.first("BT", label_BT) == 1, logits_BA[:, 1], logits_BA[:, 0])
     nll_B = jax.nn.logsumexp(logits_BA, axis=-1) - said_B
     nll = jnp.sum(nll_B * doors.sum_over("T", jnp.sum(weight_BT, axis=1)))
     whole = jax.lax.stop_gradient(nll)
@@ -185,17 +185,23 @@ def pair_loss(
     return nll + (part - whole), part
 
 
-def split_time(x_BT: jax.Array, span: int) -> jax.Array:
-    """(B, T, ...) -> (chunks, B, span, ...), the last chunk padded with zeros."""
+def split_time(x_BT: jax.Array, span: int, parts: int = 1) -> jax.Array:
+    """(B, T, ...) -> (chunks, B, parts * span, ...): `span` tokens of each part of time, the last padded with zeros."""
     B, T, *rest = x_BT.shape
+    lead, T = (B, parts) if parts > 1 else (B,), T // parts
     span = min(span, T)
     chunks = -(-T // span)
+    x = x_BT.reshape(*lead, T, *rest)
     if chunks * span != T:
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, chunks * span - T), *((0, 0) for _ in rest)))
-    return jnp.moveaxis(x_BT.reshape(B, chunks, span, *rest), 1, 0)
+        x = jnp.pad(x, (*((0, 0) for _ in lead), (0, chunks * span - T), *((0, 0) for _ in rest)))
+    x_xBt = jnp.moveaxis(x.reshape(*lead, chunks, span, *rest), len(lead), 0)
+    return x_xBt.reshape(chunks, B, parts * span, *rest)
 
 
-def join_time(y_xBt: jax.Array, time: int) -> jax.Array:
-    """The inverse of `split_time`."""
-    chunks, B, span, *rest = y_xBt.shape
-    return jnp.moveaxis(y_xBt, 0, 1).reshape(B, chunks * span, *rest)[:, :time]
+def join_time(y_xBt: jax.Array, time: int, parts: int = 1) -> jax.Array:
+    """The inverse of `split_time`; `time` is the length of a part."""
+    chunks, B, _, *rest = y_xBt.shape
+    lead = (B, parts) if parts > 1 else (B,)
+    y = jnp.moveaxis(y_xBt.reshape(chunks, *lead, -1, *rest), 0, len(lead))
+    y = jax.lax.slice_in_dim(y.reshape(*lead, -1, *rest), 0, time, axis=len(lead))
+    return y.reshape(B, parts * time, *rest)

@@ -284,8 +284,8 @@ class Model:
     def _through(
         self, params: Params, step: Callable[..., tuple[jax.Array, Any, Sums]], x: jax.Array, own: Any
     ) -> tuple[tuple[jax.Array, Any], Sums]:
-        """(x, own) through all layers: `step(x, own, a layer's weights, its number, its row on this stage)`; and the sums
-        of each, stacked, if there is one stage.
+        """(x, own) through all layers: `step(x, own, a layer's weights, its number, its row on this stage)`; and their
+        sums, stacked, if there is one stage.
 
         `own` stays where it is; x goes from stage to stage of a pipeline, where this is not differentiated.
         """

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -490,7 +491,7 @@ class Program:
 
         def run(params: Params, batch: Batch) -> Sums:
             _, sums_M = self._forward(doors, params, batch, self._loss)
-            sums = {name: sum(sums_M[name]) for name in ("cross_entropy", "labels")}
+            sums = {name: functools.reduce(jnp.add, sums_M[name]) for name in ("cross_entropy", "labels")}
             return over_ranks(self.statistics, sums, doors)
 
         with self.exact():

@@ -25,13 +25,10 @@ class Statistic(abc.ABC):
     """The declaration of a statistic; `Sum` and `Max` are its kinds."""
 
     letters: str
-    """Letters of the activation that it is of and, behind an arrow, those that its value still has: `BTF->F` has a value
-    per hidden unit, `BTD->` is one number. A D says that the activation lies in the residual stream, whose time
-    sequence parallelism splits."""
+    """Letters of the activation that it is of and, behind an arrow, those that its value still has: `BTF->F` is one
+    number per hidden unit, `BTD->` is one number. Ranks that split the other letters hold parts of the value."""
     per_layer: bool = False
     """Whether each layer has a value of its own: the result is stacked, with a leading L, in the layers' own order."""
-    in_objective: ClassVar[bool] = False
-    """Whether it is a part of the objective. If not, it has no gradient."""
     empty: ClassVar[float]
     """The value of nothing."""
 
@@ -40,6 +37,11 @@ class Statistic(abc.ABC):
         assert arrow and {*kept} <= {*of} - {*"BTL"}, (
             f"{self}: letters of an activation -> of its value, without B and T"
         )
+
+    @property
+    def in_objective(self) -> bool:
+        """Whether it is a part of the objective. If not, it has no gradient."""
+        return False
 
     @property
     def reduced(self) -> str:

@@ -58,11 +58,50 @@ def test_gains_and_biases_stay_whole():
 
 
 @pytest.mark.parametrize(("zero", "columns"), [(0, ""), (1, "wo"), (2, "wgo"), (3, "wgo")])
-def test_stages_are_columns_of_one_row(zero: int, columns: str):
+def test_zero_stages_are_one_row(zero: int, columns: str):
     (row,) = [row for row in megatron(zero, False) if row.dimension == ZERO]
     found = {name[0] for name in ("weights", "gradients", "optimizer") if getattr(row, name)}
     assert found == set(columns)
     assert not row.activations
+    assert row.gathered == ("use" if zero == 3 else "step")
+    assert Layout(zero=zero).zero_stage == Layout(rows=megatron(zero, False)).zero_stage == zero
+
+
+def test_a_table_says_what_the_fields_of_its_preset_do():
+    preset, table = Layout(zero=3, sequence_parallel=True), Layout(rows=megatron(3, True), scatter="compute")
+    assert (table.zero_stage, table.sequence_axes) == (preset.zero_stage, preset.sequence_axes) == (3, ("model",))
+    assert not list(table.check())
+    assert Layout().sequence_axes == ()
+    problems = dict(Layout(zero=2, sequence_parallel=True, rows=megatron(3, True)).check())
+    assert problems["zero"] == "has no effect: layout.rows replaces the preset; its row `zero` decides"
+    assert problems["sequence_parallel"].endswith("; its row `residual_time` decides")
+    assert "scatter" in dict(Layout(rows=megatron(2, True), scatter="compute").check())
+
+
+@pytest.mark.parametrize(
+    ("letters", "time"),
+    [("BTD", "model"), ("BTQ", "model"), ("BTNH", None), ("BTJF", None), ("BTV", None), ("BT", None), ("BTS", None)],
+)
+def test_time_of_the_residual_stream(letters: str, time: str | None):
+    assert bound(Layout(sequence_parallel=True), model=2).activation(letters)[1] == time
+
+
+@pytest.mark.parametrize(
+    ("weight", "axes"),
+    [
+        (Weight("LH", (3, 16), False, "BTNH"), ("data", "context", "model")),
+        (Weight("LD", (3, 32), False), ("data", "context", "model")),
+        (Weight("LF", (3, 64), False, "BTF"), ("data", "context")),
+        (Weight("LDF", (3, 32, 64)), ("data", "context")),
+        (Weight("D", (32,), False), ("data", "context", "model", "pipeline")),
+        (Weight("VD", (256, 32)), ("data", "context", "pipeline")),
+        (Weight("DQ", (32, 32), True, "BD"), ("data", "pipeline")),
+    ],
+    ids=lambda x: f"{x.dims} meets {x.meets}" if isinstance(x, Weight) else "",
+)
+def test_a_gradient_is_summed_over_what_splits_the_activation_and_not_the_weight(weight: Weight, axes: tuple):
+    layout = bound(Layout(zero=1, sequence_parallel=True), pipeline=2, data=2, context=2, model=2)
+    assert layout.reduce_axes(weight) == axes
 
 
 def test_indivisible_dimensions_name_weight_dimension_axis_and_legal_sizes():
@@ -84,17 +123,49 @@ def test_a_replaced_table_is_used():
     assert layout.spec(Weight("FD", (64, 32)), "weights") == P("model", None)
 
 
-M = ("model",)
+D, M, MC = ("data",), ("model",), ("model", "context")
+HEADS_AND_VOCAB = ("heads", "kv_heads", "vocab")
 TABLES = {
     "must split all four columns of vocab": [Row(dimension="vocab", weights=M, gradients=M, optimizer=M)],
     "splits head;": [Row(dimension="head", weights=M, gradients=M, optimizer=M, activations=M)],
     "splits one of heads and kv_heads": [Row(dimension="heads")],
     "must split the activations of batch over replica, data, expert": [Row(dimension="batch", activations=("data",))],
-    "splits residual_time over model, which needs heads, kv_heads, ff, vocab": [
-        Row(dimension="residual_time", activations=M),
-        Row(dimension="ff"),
+    "splits residual_time over context, model, which needs heads, kv_heads, vocab": [
+        Row(dimension="time"),
+        Row(dimension="residual_time", activations=("context", "model")),
+        Row(dimension="vocab"),
+    ],
+    "splits residual_time over model, context and ff over a part of them": [
+        Row(dimension="time"),
+        Row(dimension="residual_time", activations=MC),
+        *(Row(dimension=d, weights=MC, gradients=MC, optimizer=MC, activations=MC) for d in HEADS_AND_VOCAB),
     ],
     "must split weights and optimizer state of zero over data": [Row(dimension="zero", weights=("data",))],
+    "must split all four columns of ff over the same axes": [
+        Row(
+            dimension="ff",
+            weights=("pipeline",),
+            gradients=("pipeline",),
+            optimizer=("pipeline",),
+            activations=("pipeline",),
+        )
+    ],
+    "maps both batch and ff to data": [Row(dimension="ff", weights=D, gradients=D, optimizer=D, activations=D)],
+    "splits heads over model, context and kv_heads over model; split both alike": [
+        Row(dimension="time"),
+        Row(dimension="heads", weights=MC, gradients=MC, optimizer=MC, activations=MC),
+    ],
+    "splits time over model, of which attention sees only a part; legal: context": [
+        Row(dimension="time", activations=M)
+    ],
+    "splits time over context; residual_time must begin with the same axes": [
+        Row(dimension="residual_time", activations=("model", "context"))
+    ],
+    "gathers ff at its use": [Row(dimension="ff", gathered="use")],
+    "gathers zero at its use, which is for zero with weights and gradients split alike": [
+        Row(dimension="zero", weights=D, optimizer=D, gathered="use")
+    ],
+    "maps heads to model twice": [Row(dimension="heads", weights=M * 2)],
     "maps ff to 'tensor', not a mesh axis": [Row(dimension="ff", weights=("tensor",))],
     "names no dimension 'mlp'": [Row(dimension="mlp")],
 }

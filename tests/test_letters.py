@@ -4,7 +4,6 @@ Gradients are summed over the axes that split what a weight meets and not the we
 axis `context`, refused in configs until attention gathers keys) needs attention of a test's own.
 """
 
-import dataclasses
 import functools
 from dataclasses import replace
 
@@ -14,12 +13,13 @@ import numpy as np
 import pytest
 import toys
 
+from mtx import DIMENSIONS
 from mtx import model as models
 from mtx.attention import Attention
-from mtx.layers import Context, vector
+from mtx.layers import Context, Mlp, add_bias, vector, weight
 from mtx.layout import ZERO, BoundLayout, Row, megatron
 from mtx.model import flatten
-from mtx.pipeline import Interleaved, ZeroBubble
+from mtx.pipeline import ZeroBubble
 from mtx.spmd import Compiled, ManualActivations
 from pallas_kernels.masks import Causal, Documents
 
@@ -100,11 +100,64 @@ def test_what_splits_the_data_is_not_what_splits_the_activation(gained: None, mo
         check(p, GAINED, toys.batch(), reference)
 
 
+# Features that tensor parallelism does not split: low-rank adapters, beside column and row projections.
+
+
+class AdaptedMlp(Mlp):
+    """With low-rank adapters of both projections (Hu et al. 2021); the second one's R is of the residual stream."""
+
+    def __init__(self, config, width, bias, std, out_std, rngs):
+        super().__init__(config, width, bias, std, out_std, rngs)
+        D, F, R, init = width, config.width, 4, jax.nn.initializers.normal(0.2)
+        self.in_down_DR = weight(rngs, "DR", (D, R), init)
+        self.in_up_RF = weight(rngs, "RF", (R, F), init, meets="BTR")
+        self.out_down_FR = weight(rngs, "FR", (F, R), init, meets="BTF")
+        self.out_up_RD = weight(rngs, "RD", (R, D), init, meets="BTR")
+        self.scale_R = vector(rngs, "R", (R,), 1.0, meets="BTR")
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        project = context.doors.project
+        h_BTF = project("BTD,DF->BTF", x_BTD, self.in_DF)
+        low_BTR = project("BTD,DR->BTR", x_BTD, self.in_down_DR) * self.scale_R[...]
+        h_BTF = jax.nn.gelu(add_bias(h_BTF + project("BTR,RF->BTF", low_BTR, self.in_up_RF), self.bias_F))
+        low_BTR = project("BTF,FR->BTR", h_BTF, self.out_down_FR) * self.scale_R[...]
+        return project("BTF,FD->BTD", h_BTF, self.out_FD) + project("BTR,RD->BTD", low_BTR, self.out_up_RD)
+
+
+ADAPTED = replace(toys.GPT, layers=3)
+
+
+@pytest.fixture
+def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DIMENSIONS, "R", "rank")
+    monkeypatch.setattr(models, "Mlp", AdaptedMlp)
+
+
+@functools.cache
+def adapted_reference() -> tuple[dict, np.ndarray]:
+    return toys.gradients(toys.program(ADAPTED), toys.weights_of(ADAPTED), toys.batch())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        ((2, 1, 4), {}),
+        ((1, 2, 4), {"zero": 1, **SP}),
+        ((1, 4, 2), {"zero": 3, **SP}),
+        ((1, 2, 4), {"zero": 1, **SP, "partition": Compiled()}),
+        ((1, 2, 2), {"stages": 2, **SP}),
+    ],
+    ids=str,
+)
+def test_low_rank_adapters(mesh: tuple[int, int, int], words: dict, adapted: None):
+    check(toys.program(ADAPTED, mesh, **words), ADAPTED, toys.batch(), adapted_reference())
+
+
 def test_an_einsum_that_meets_what_its_weight_does_not_declare(monkeypatch: pytest.MonkeyPatch):
     class Undeclared(Attention):
         def __init__(self, *args):
             super().__init__(*args)
-            self.out_NHD = self.out_NHD.replace(weight=replace(self.out_NHD.weight, meets="BTD"))
+            self.out_NHD = weight(args[-1], "NHD", self.out_NHD.shape, jax.nn.initializers.zeros)
 
     monkeypatch.setattr(models, "Attention", Undeclared)
     with pytest.raises(AssertionError, match="declare it with meets='BTNH'"):
@@ -134,9 +187,7 @@ class GatheringAttention(Attention):
             return jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH).reshape(B, T, N, H)
 
         letters = ("BTNH", "BSKH", "BSKH", "BT", "BS", "T")
-        return doors.local(
-            attend, letters, "BTNH", q_BTNH, k_BSKH, v_BSKH, context.segment_BT, segment_BS, t_T
-        )
+        return doors.local(attend, letters, "BTNH", q_BTNH, k_BSKH, v_BSKH, context.segment_BT, segment_BS, t_T)
 
 
 GPT, LLAMA = replace(toys.GPT, dropout=0.2), toys.LLAMA
@@ -150,7 +201,7 @@ TIME_CASES = [
     (GPT, 2, (1, 2, 2), {"zero": 1, **SP, "partition": Compiled()}),
     (PAIRS, 2, (1, 2, 2), {"zero": 3, "partition": Compiled()}),
     (GPT, 2, (1, 1, 2), {"stages": 2, **SP}),
-    (LLAMA, 2, (1, 2, 1), {"stages": 2, "zero": 3, "schedule": Interleaved(chunks=1)}),
+    (replace(LLAMA, layers=4), 2, (1, 2, 1), {"stages": 2, "zero": 3}),
 ]
 
 
@@ -196,10 +247,11 @@ def test_labels_are_counted_over_rows_and_time(gathering: None, monkeypatch: pyt
 def test_evaluation_counts_over_rows_and_time(gathering: None):
     def sums(p) -> np.ndarray:
         state, batch = toys.state_of(p, toys.weights_of(LLAMA)), toys.place(p, toys.batch(), 1)
-        with jax.set_mesh(p.mesh):
-            return np.asarray(jax.jit(p.eval_sums)(state.params, batch))
+        return toys.eval_sums(p, state.params, batch)
 
-    np.testing.assert_allclose(sums(toys.program(LLAMA, (1, 2, 2), context=2, **SP)), reference(LLAMA)[1][1:], rtol=BOUND)
+    np.testing.assert_allclose(
+        sums(toys.program(LLAMA, (1, 2, 2), context=2, **SP)), reference(LLAMA)[1][1:], rtol=BOUND
+    )
 
 
 # Several axes for one letter: offsets count through all of them.
@@ -226,13 +278,35 @@ def test_a_letter_over_two_axes(sequence_parallel: bool, partition: Compiled | N
     check(p, model, toys.batch(), reference(model))
 
 
+# The table is the one truth of what its preset's fields say.
+
+
+@pytest.mark.parametrize("words", [{}, {"partition": Compiled()}, {"stages": 2}], ids=["manual", "compiled", "stages"])
+def test_a_table_lowers_as_its_preset(words: dict):
+    def text(**layout) -> str:
+        return toys.program(replace(LLAMA, layers=4), (1, 2, 2), **layout, **words).lower_train_step(2, 8, 8).as_text()
+
+    presets = {zero: text(zero=zero, sequence_parallel=True) for zero in range(4)}
+    assert presets == {zero: text(rows=megatron(zero, True)) for zero in range(4)}
+    assert len(set(presets.values())) == 4, "two ZeRO stages do the same"
+    assert presets[3] != text(rows=megatron(3, False))
+
+
+@pytest.mark.parametrize("words", [{}, {"partition": Compiled()}], ids=["manual", "compiled"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_sequence_parallel_beside_a_whole_feed_forward_layer(gated: bool, words: dict):
+    """The layer's T stays the residual stream's: each rank computes it for its own part of time."""
+    model = LLAMA if gated else GPT
+    p = toys.program(model, (1, 2, 4), rows=tuple(row for row in megatron(1, True) if row.dimension != "ff"), **words)
+    check(p, model, toys.batch(), reference(model))
+
+
 @pytest.mark.parametrize("gathered", ["step", "use"])
 def test_zero_over_replicas_too(gathered: str):
     rows = [row for row in megatron(2, False) if row.dimension != ZERO]
     both = ("replica", "data")
     rows.append(Row(dimension=ZERO, weights=both, gradients=both, optimizer=both, gathered=gathered))
     p = toys.program(LLAMA, (2, 2, 2), rows=tuple(rows))
-    assert str(p.layout.spec(flatten(p.weights)["layers/mlp/out_FD"], "weights")) == (
-        "PartitionSpec(None, ('model', 'replica', 'data'), None)"
-    )
+    spec = p.layout.spec(flatten(p.weights)["layers/mlp/out_FD"], "weights")
+    assert spec == jax.P(None, ("model", "replica", "data"), None)
     check(p, LLAMA, toys.batch(), reference(LLAMA))

@@ -113,6 +113,27 @@ def test_eight_devices_see_the_same_losses(one_device: tuple[str, Path], tmp_pat
     assert sample(text) == sample(one_device[0]) != ""
 
 
+OWN_TABLE = '''"""The quickstart, with a table that does what layout.zero=3 and layout.sequence_parallel=true do."""
+
+import dataclasses
+
+from configs import quickstart
+from mtx.config import Config
+from mtx.layout import Layout, megatron
+
+
+def get_config() -> Config:
+    return dataclasses.replace(quickstart.get_config(), layout=Layout(rows=megatron(3, True)))
+'''
+
+
+def test_the_banner_says_what_a_table_does(tmp_path: Path):
+    (tmp_path / "own_table.py").write_text(OWN_TABLE)
+    words = ["--config", str(tmp_path / "own_table.py"), "--devices", "4", "mesh.data=2", "mesh.model=2"]
+    text = runs.train(tmp_path / "run", *words, *runs.SMALL, *runs.book())
+    assert "(4 x cpu, Manual, zero=3, sequence_parallel=True)" in text
+
+
 def test_lengths_in_tokens_and_epochs(tmp_path: Path):
     words = ["steps=None", "eval_every=0", "--devices", "1"]
     runs.train(tmp_path / "tokens", *words, "tokens=700")

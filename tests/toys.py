@@ -207,6 +207,13 @@ def gradients_and_sums(
     return jax.tree.map(lambda g: g / float(sums["labels"]), found), sums
 
 
+def eval_sums(p: Program, params: dict, placed: Batch) -> np.ndarray:
+    """The cross entropy of placed rows, in nats, and the weight of their labels."""
+    with jax.set_mesh(p.mesh):
+        sums = jax.jit(p.eval_sums)(params, placed)
+    return np.array([sums["cross_entropy"], sums["labels"]])
+
+
 def check_copies(name: str, array: jax.Array) -> None:
     """Devices that should hold the same part hold the same bits."""
     seen: dict[str, np.ndarray] = {}

@@ -174,17 +174,20 @@ def _batch(case: _Case) -> Iterator[str]:
 
 def _time(case: _Case) -> Iterator[str]:
     length, layout = case.config.batch.sequence_length, case.layout
-    parts = layout.size(*layout.axes(RESIDUAL_TIME, "activations"))
+    axes = layout.axes(RESIDUAL_TIME, "activations")
+    parts, preset = layout.size(*axes), case.config.layout.rows is None
+    field = "layout.sequence_parallel" if preset else "row `residual_time` of layout.rows"
+    over = f"mesh.{'*'.join(axes)}={parts} ({field})"
     warmup = case.config.length_warmup
     if warmup is not None and (wrong := [n for n in warmup.lengths[:-1] if n % parts]):
         yield (
             f"length_warmup.lengths={schema.show(warmup.lengths)} holds {wrong[0]}, which does not divide over "
-            f"mesh.model={parts} (layout.sequence_parallel); try multiples of {parts}."
+            f"{over}; try multiples of {parts}."
         )
     if length % parts:
         yield (
-            f"batch.sequence_length={length} does not divide over mesh.model={parts} (layout.sequence_parallel); "
-            f"try batch.sequence_length={_either(_around(length, parts))}, or layout.sequence_parallel=false."
+            f"batch.sequence_length={length} does not divide over {over}; try batch.sequence_length="
+            f"{_either(_around(length, parts))}{', or layout.sequence_parallel=false' if preset else ''}."
         )
 
 
@@ -343,7 +346,8 @@ def _tensor_parallel(case: _Case) -> Iterator[str]:
         value = model.vocab_multiple if dimension == "vocab" else size
         changes = [case.mesh("model", n) for n in _divisors(math.gcd(size, parts))] if axes == ("model",) else []
         # The layout first: another size is another model, which no checkpoint fits.
-        hints = ["layout.vocabulary=replicated"] if STAGES in axes and not size % layout.size("model") else []
+        in_use = layout.size(*layout.axes(dimension, "activations"))
+        hints = ["layout.vocabulary=replicated"] if STAGES in axes and not size % in_use else []
         hints += [f"{path}={_either(tries[:2])}"] if tries else []
         hints += [change for change in changes[-2:] if change] or ([] if tries else ["another mesh"])
         yield f"{path}={value} does not divide over {where}; try {', or '.join(hints)}."

@@ -91,8 +91,8 @@ class Engine:
         return {"ends": carry.ends, "layers": carry.layers}, carry.sums, carry.layer_sums
 
     def forward(self, params: Params, feed_M: Feed) -> Any:
-        """What `finish` gives of each microbatch, with a leading M, on the last stage, and zeros on the others; the table
-        must be one that `keeps`."""
+        """What `finish` gives of each microbatch, with a leading M, on the last stage, and zeros on the others; the
+        table must be one that `keeps`."""
         run = _Run(self, params, feed_M, {})
         last = 1 + int((self.table.columns.f_mb > NOTHING).any(axis=1).nonzero()[0].max())
         rows = lax.dynamic_index_in_dim(jnp.asarray(self.table.rows[:last]), run.stage, axis=1, keepdims=False)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mtx import DIMENSIONS
 from mtx.layout import Weight
 from mtx.spmd.doors import Activations, Storage, letters_of
 
@@ -41,7 +42,10 @@ class CompiledActivations(Activations):
     global_shapes = True
 
     def enter(self, x_BTD: jax.Array, letters: str) -> jax.Array:
-        return jax.reshard(x_BTD, self.layout.entered("BTD")) if self.layout.splits(letters) else x_BTD
+        if not self.layout.splits(letters):
+            return x_BTD
+        time = any(self.layout.takes_time(DIMENSIONS[letter]) for letter in letters)
+        return jax.reshard(x_BTD, self.layout.entered("BTD") if time else self.layout.activation("BTD"))
 
     def leave(self, y_BTD: jax.Array, letters: str) -> jax.Array:
         return jax.reshard(y_BTD, self.layout.activation("BTD")) if self.layout.splits(letters) else y_BTD
@@ -58,8 +62,8 @@ class CompiledActivations(Activations):
         x_BTD = table.at[token_BT].get(out_sharding=self.layout.activation("BTD"))
         return x_BTD.astype(self.compute)
 
-    def first(self, x_BTD: jax.Array) -> jax.Array:
-        return jax.reshard(x_BTD, jax.P(*self.layout.activation("B"), None, None))[:, 0]
+    def first(self, letters: Literal["BT", "BTD"], x: jax.Array) -> jax.Array:
+        return self.whole(letters, "T", x)[:, 0]
 
     def index(self, letters: str, letter: str, x: jax.Array) -> jax.Array:
         i = letters.index(letter)

@@ -106,6 +106,10 @@ class Activations(abc.ABC):
     def compute(self) -> Any:
         return self.storage.compute
 
+    def parts(self, letters: str) -> int:
+        """The number of devices that share the letters of an array as the code sees it: 1 inside the Manual region."""
+        return self.layout.size(*self.layout.splits(letters)) if self.global_shapes else 1
+
     def project(self, equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
         """x times a weight. The letters decide: a split letter of the weight that stays is a column projection (enter
         the region where heads, ff or vocab are split), one that is contracted is a row projection (leave it with an
@@ -131,7 +135,7 @@ class Activations(abc.ABC):
 
     @abc.abstractmethod
     def enter(self, x_BTD: jax.Array, letters: str) -> jax.Array:
-        """From the residual stream to where these letters are split, and time as in `BT`; x itself if none is split."""
+        """From the residual stream to where these letters are split, over axes of time too; x itself if none is."""
 
     @abc.abstractmethod
     def leave(self, y_BTD: jax.Array, letters: str) -> jax.Array:
@@ -150,8 +154,8 @@ class Activations(abc.ABC):
         """Rows of a table whose vocabulary may be split, as x_BTD of the residual stream."""
 
     @abc.abstractmethod
-    def first(self, x_BTD: jax.Array) -> jax.Array:
-        """x_BD of the sequence's first token, alike on every rank that has a part of the residual stream's time."""
+    def first(self, letters: Literal["BT", "BTD"], x: jax.Array) -> jax.Array:
+        """x of each sequence's first token, without T: alike on every rank that has a part of time."""
 
     @abc.abstractmethod
     def index(self, letters: str, letter: str, x: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +79,9 @@ class ManualActivations(Activations):
         return _sum(rest, y_BTD) if rest else y_BTD
 
     def _crossed(self, letters: str) -> tuple[Axes, Axes]:
-        """The axes that split these letters: those that split the residual stream's time too, and the rest."""
-        if not (axes := self.layout.splits(letters)):
-            return (), ()
-        time = self.layout.sequence_axes
-        assert {*time} <= {*axes}, f"time is split over {time} where {letters} are over {axes}"
+        """The axes that split these letters: what they take over from residual time, and the rest."""
+        axes = self.layout.splits(letters)
+        time = self.layout.sequence_axes if {*self.layout.sequence_axes} <= {*axes} else ()
         return time, tuple(axis for axis in axes if axis not in time)
 
     def residual_einsum(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -109,9 +107,9 @@ class ManualActivations(Activations):
         size = x_BT.shape[1] // self.layout.size(*axes)
         return lax.dynamic_slice_in_dim(x_BT, lax.axis_index(axes) * size, size, axis=1)
 
-    def first(self, x_BTD: jax.Array) -> jax.Array:
-        axes = self.layout.letter_axes("BTD")[1]
-        return _of_first(axes, x_BTD[:, 0]) if axes else x_BTD[:, 0]
+    def first(self, letters: Literal["BT", "BTD"], x: jax.Array) -> jax.Array:
+        axes = self.layout.letter_axes(letters)[1]
+        return _of_first(axes, x[:, 0]) if axes else x[:, 0]
 
     def index(self, letters: str, letter: str, x: jax.Array) -> jax.Array:
         i = letters.index(letter)
