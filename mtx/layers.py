@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 import jax
@@ -230,9 +229,6 @@ class SwiGLU:
 class Mlp(nnx.Module):
     """x_BTD -> F -> x_BTD: one column projection (gate and up in one), one row projection."""
 
-    statistics: Statistics = MappingProxyType({})
-    """Declarations of the statistics that a feed-forward part returns beside x_BTD."""
-
     def __init__(self, config: Gelu | SwiGLU, width: int, bias: bool, std: float, out_std: float, rngs: nnx.Rngs):
         F, D = config.width, width
         self.config, self.bias = config, bias
@@ -245,6 +241,11 @@ class Mlp(nnx.Module):
             self.bias_F = vector(rngs, "F", (F,), 0.0, meets="BTF") if bias else None
         self.out_FD = weight(rngs, "FD", (F, D), out_init, meets="BTF")
         self.out_bias_D = vector(rngs, "D", (D,), 0.0, meets="BTD") if bias else None
+
+    @property
+    def statistics(self) -> Statistics:
+        """Declarations of the sums that a feed-forward part returns beside x_BTD."""
+        return {}
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
         project = context.doors.project

@@ -1,7 +1,7 @@
-"""What layers give beside their results: a test's own statistics have the values and gradients of plain JAX, in float32.
+"""What layers give beside their results: a test's own statistics have plain JAX's values and gradients, in float32.
 
-The reference runs the layers of one device in a Python loop, whole logits beside, and differentiates the objective as it
-is written down there: no scan, no engine, no seeds.
+The reference runs the layers on one device, in a Python loop, makes whole logits, and differentiates the objective as
+it is written down there: without scan, engine or seeds.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ import toys
 from flax import nnx
 from jax import lax
 
-from mtx import step, sums
+from mtx import step
 from mtx.layers import Context, Gelu, Mlp, add_bias, weight
+from mtx.model import Batch
 from mtx.pipeline import GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble, engine
 from mtx.spmd import Compiled, Manual
 from mtx.sums import Max, Statistics, Sum, Sums
@@ -35,19 +36,21 @@ class Routed(Gelu):
 
 
 class RoutedMlp(Mlp):
-    statistics: Statistics = {
-        "router": Sum("BTE->", coefficient=0.3, per="token"),
-        "energy": Sum("BTF->", coefficient=0.02),
-        "units": Sum("BTF->F", per_layer=True, coefficient=-0.01, per="row"),
-        "load": Sum("BTE->E", per_layer=True),
-        "features": Sum("BTD->D"),
-        "peak": Max("BTF->"),
-        "peaks": Max("BTE->E", per_layer=True),
-    }
-
     def __init__(self, config: Routed, width: int, bias: bool, std: float, out_std: float, rngs: nnx.Rngs):
         super().__init__(config, width, bias, std, out_std, rngs)
         self.router_DE = weight(rngs, "DE", (width, EXPERTS), nnx.initializers.normal(0.2))
+
+    @property
+    def statistics(self) -> Statistics:
+        return {
+            "router": Sum("BTE->", coefficient=0.3, per="token"),
+            "energy": Sum("BTF->", coefficient=0.02),
+            "units": Sum("BTF->F", per_layer=True, coefficient=-0.01, per="row"),
+            "load": Sum("BTE->E", per_layer=True),
+            "features": Sum("BTD->D"),
+            "peak": Max("BTF->"),
+            "peaks": Max("BTE->E", per_layer=True),
+        }
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
         project = context.doors.project
@@ -123,9 +126,9 @@ def test_the_reference_knows_its_statistics():
     assert found["load"].shape == found["peaks"].shape == (5, EXPERTS) and found["units"].shape == (5, 64)
     np.testing.assert_array_equal(found["load"].sum(axis=1), arrays()["tokens"].size)
     plain, _ = toys.gradients(toys.program(dataclasses.replace(MODEL, mlp=Gelu(width=64))), without_routers(), arrays())
+    del (mine := jax.tree.map(lambda x: x, gradients))["layers"]["mlp"]["router_DE"]
     with pytest.raises(AssertionError, match="off by"):
-        del (found := jax.tree.map(lambda x: x, gradients))["layers"]["mlp"]["router_DE"]
-        toys.check_close(found, plain, 1e-2)
+        toys.check_close(mine, plain, 1e-2)
 
 
 def without_routers() -> dict:
@@ -190,10 +193,10 @@ SLOW = [
 def check(case: Case) -> None:
     found, values = toys.gradients_and_sums(case.program(), toys.weights_of(MODEL), arrays(), case.microbatches)
     wanted, wanted_values = reference()
+    toys.check_close(found, wanted, BOUND)
     assert values.keys() == wanted_values.keys()
     for name, value in wanted_values.items():
         np.testing.assert_allclose(values[name], value, rtol=BOUND, atol=BOUND * np.abs(value).max(), err_msg=name)
-    toys.check_close(found, wanted, BOUND)
 
 
 @pytest.mark.parametrize("case", DEFAULT, ids=str)
@@ -205,3 +208,54 @@ def test_gradients_and_values(case: Case):
 @pytest.mark.parametrize("case", [case for case in SLOW if case not in DEFAULT], ids=str)
 def test_gradients_and_values_of_more(case: Case):
     check(case)
+
+
+# Controls: each breaks one thing, and a case must see it.
+
+EXCHANGED = Case((1, 1, 2), sequence_parallel=True)
+UNEVEN = Case(stages=2, schedule=Interleaved())
+SPLIT = Case(stages=2, schedule=ZeroBubble())
+BREAKS = {
+    "no seeds": ("off by", EXCHANGED, step, "seeds", lambda *_: {}),
+    "seeds by labels alone": (
+        "off by",
+        EXCHANGED,
+        step.Program,
+        "denominator",
+        lambda self, batch, *_: labels_of(batch),
+    ),
+    "no seeds in the engine": ("off by", UNEVEN, engine._Run, "cotangents", property(lambda self: nothing(self))),
+    "no seeds in the split": ("off by", SPLIT, engine._Run, "cotangents", property(lambda self: nothing(self))),
+    "values of one rank": ("copies of", EXCHANGED, step, "over_ranks", lambda declared, values, doors: values),
+    "values of other units": (
+        "units",
+        EXCHANGED,
+        Sum,
+        "reduced",
+        property(lambda self: "L" + self.letters.split("->")[0]),
+    ),
+    "maxima summed": ("peak", EXCHANGED, Max, "both", lambda self, x, y: x + y),
+    "layers in the order of rows": ("load", UNEVEN, step, "all_layers", lambda place, x: of_rows(x)),
+    "one microbatch": ("energy", UNEVEN, engine, "both", lambda declared, x, y: y),
+}
+
+
+def labels_of(batch: Batch) -> jax.Array:
+    return jnp.sum(batch.weights)
+
+
+def nothing(run: engine._Run) -> Sums:
+    return {name: jnp.zeros(x.shape, x.dtype) for name, x in run.sums_shape.items()}
+
+
+def of_rows(x_R: jax.Array) -> jax.Array:
+    return lax.all_gather(x_R, "pipeline", tiled=True)[: MODEL.layers]
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_is_broken_is_seen(what: str, monkeypatch: pytest.MonkeyPatch):
+    reference()
+    why, case, *broken = BREAKS[what]
+    monkeypatch.setattr(*broken)
+    with pytest.raises(AssertionError, match=why):
+        check(case)
