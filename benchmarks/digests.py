@@ -168,7 +168,8 @@ def run(config: Config, words: str, cost: bool) -> Result:
             for name in ("train/loss", "train/grad_norm"):
                 scalars[name].append(float(metrics[name]))
                 assert math.isfinite(scalars[name][-1]), f"{name} is {scalars[name][-1]}"
-        scalars["evaluation"] = np.asarray(jax.jit(program.eval_sums)(state.params, batches[0])).tolist()
+        sums = jax.device_get(jax.jit(program.eval_sums)(state.params, batches[0]))
+        scalars["evaluation"] = [float(sums["cross_entropy"]), float(sums["labels"])]
     costs = measured(compiled, program, count, seconds) if cost else {}
     return Result(dict(scalars), tensors_of(program, program.ordered(state).params), costs)
 

@@ -10,7 +10,7 @@ weight's dimensions are declared with them (`DIMENSIONS` maps a letter to the na
     C positions of a learned table
     t time of one chunk (x: the chunks)
 
-Modules may import only those before them: errors, command, processes, mesh, layout, spmd, hlo, layers, attention,
+Modules may import only those before them: errors, command, processes, mesh, layout, spmd, sums, hlo, layers, attention,
 model, losses, optim, pipeline, step, decode, checkpoint, metrics, config, train, then the verbs. That is
 also the reading order.
 """

@@ -14,6 +14,7 @@ from jax.nn import initializers
 from mtx.errors import Problem
 from mtx.layout import Weight
 from mtx.spmd import Activations
+from mtx.sums import Statistics, Sums
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words, keep_mask, threefry2x32
 
@@ -206,6 +207,9 @@ class Gelu:
         if self.width < 1:
             yield "width", "must be at least 1"
 
+    def build(self, width: int, bias: bool, std: float, out_std: float, rngs: nnx.Rngs) -> "Mlp":
+        return Mlp(self, width, bias, std, out_std, rngs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SwiGLU:
@@ -217,6 +221,9 @@ class SwiGLU:
     def check(self) -> Iterator[Problem]:
         if self.width < 1:
             yield "width", "must be at least 1"
+
+    def build(self, width: int, bias: bool, std: float, out_std: float, rngs: nnx.Rngs) -> "Mlp":
+        return Mlp(self, width, bias, std, out_std, rngs)
 
 
 class Mlp(nnx.Module):
@@ -235,7 +242,12 @@ class Mlp(nnx.Module):
         self.out_FD = weight(rngs, "FD", (F, D), out_init, meets="BTF")
         self.out_bias_D = vector(rngs, "D", (D,), 0.0, meets="BTD") if bias else None
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+    @property
+    def statistics(self) -> Statistics:
+        """Declarations of the sums that a feed-forward part returns beside x_BTD."""
+        return {}
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
         project = context.doors.project
         if isinstance(self.config, SwiGLU):
             h_BTJF = add_bias(project("BTD,DJF->BTJF", x_BTD, self.in_DJF), self.bias_JF)
@@ -243,7 +255,7 @@ class Mlp(nnx.Module):
         else:
             h_BTF = add_bias(project("BTD,DF->BTF", x_BTD, self.in_DF), self.bias_F)
             h_BTF = jax.nn.gelu(h_BTF, approximate=self.config.approximate)
-        return add_bias(project("BTF,FD->BTD", h_BTF, self.out_FD), self.out_bias_D)
+        return add_bias(project("BTF,FD->BTD", h_BTF, self.out_FD), self.out_bias_D), {}
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

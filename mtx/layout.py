@@ -328,8 +328,10 @@ class BoundLayout:
         return bool(self.sequence_axes) and {*self.sequence_axes} <= {*self.axes(dimension, "activations")}
 
     def splits(self, letters: str) -> Axes:
-        """The axes that split an activation, in the order of its letters."""
-        return tuple(dict.fromkeys(axis for axes in self.letter_axes(letters) for axis in axes))
+        """The axes that split an activation, in the order of its letters; of `BTNH->N`, those of B, T and H."""
+        letters, _, kept = letters.partition("->")
+        each = zip(letters, self.letter_axes(letters), strict=True)
+        return tuple(dict.fromkeys(axis for letter, axes in each if letter not in kept for axis in axes))
 
     def activation(self, letters: str) -> PartitionSpec:
         """The PartitionSpec of an activation, by its letters."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,11 @@ from flax import nnx
 
 from mtx.errors import Problem
 from mtx.spmd import Activations
+from mtx.sums import Statistics, Sum
 
 HIDDEN = -1e30
+STATISTICS: Statistics = {"objective": Sum("BT->"), "cross_entropy": Sum("BT->"), "labels": Sum("BT->")}
+"""What a loss gives: what is minimised, the cross entropy in nats, and the labels' weight, which divides both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +48,13 @@ def cross_entropy(
     rest are padding that no token can be. The objective alone has a gradient, written by hand: the backward
     pass makes each chunk's logits again from the saved log-normaliser, so that no collective runs twice.
     """
-    parts = doors.parts("T")
-    rows, T = -(-target_BT.shape[0] // doors.parts("B")), target_BT.shape[1] // parts  # of one device
-    span = max(1, config.chunk_tokens // rows)
-    span = -(-T // -(-T // span))  # as many chunks, evenly filled
-
-    def logits_of(h_BtD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BtV = doors.local_einsum("BTD,VD->BTV", h_BtD, w_VD, jnp.float32)
-        v = doors.index("BTV", "V", logits_BtV)
-        return jnp.where(v < vocab_size, logits_BtV, HIDDEN), v
+    parts, span = doors.parts("T"), _span(doors, config, target_BT)
 
     def sums(h_BTD: jax.Array, w_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def chunk(totals, xs):
             h_BtD, target_Bt, weight_Bt = xs
-            logits_BtV, v = logits_of(h_BtD, w_VD)
-            top_Bt = doors.max_over("V", jnp.max(logits_BtV, axis=-1))
-            normaliser_Bt = doors.sum_over("V", jnp.sum(jnp.exp(logits_BtV - top_Bt[..., None]), axis=-1))
-            lse_Bt = jnp.log(normaliser_Bt) + top_Bt
-            hit_BtV = v == target_Bt[..., None]
-            nll_Bt = lse_Bt - doors.sum_over("V", jnp.sum(jnp.where(hit_BtV, logits_BtV, 0.0), axis=-1))
+            logits_BtV, v = _logits(doors, h_BtD, w_VD, vocab_size)
+            nll_Bt, lse_Bt, _ = _nll(doors, logits_BtV, v, target_Bt)
             nll = jnp.sum(nll_Bt * weight_Bt)
             z = config.z_loss * jnp.sum(jnp.square(lse_Bt) * weight_Bt)
             return (totals[0] + nll + z, totals[1] + nll), lse_Bt
@@ -87,7 +79,7 @@ def cross_entropy(
 
         def chunk(dw_VD, xs):
             h_BtD, target_Bt, weight_Bt, lse_Bt = xs
-            logits_BtV, v = logits_of(h_BtD, w_VD)
+            logits_BtV, v = _logits(doors, h_BtD, w_VD, vocab_size)
             p_BtV = jnp.exp(logits_BtV - lse_Bt[..., None])
             slope_Bt = 1.0 + 2.0 * config.z_loss * lse_Bt
             d_BtV = p_BtV * slope_Bt[..., None] - (v == target_Bt[..., None]).astype(jnp.float32)
@@ -97,12 +89,79 @@ def cross_entropy(
 
         xs = (*(split_time(x, span, parts) for x in (h_BTD, target_BT, weight_BT)), lse_xBt)
         dw_VD, dh_xBtD = jax.lax.scan(chunk, jnp.zeros_like(w_VD, jnp.float32), xs)
-        dh_BTD = doors.leave(join_time(dh_xBtD, T, parts), "V")
+        dh_BTD = doors.leave(join_time(dh_xBtD, target_BT.shape[1] // parts, parts), "V")
         return dh_BTD.astype(h_BTD.dtype), doors.storage.scatter_gradient(table_VD.weight, dw_VD).astype(table.dtype)
 
     loss.defvjp(forward, backward)
     objective, nll = loss(h_BTD, table_VD[...])
     return objective, jax.lax.stop_gradient(nll)
+
+
+def _span(doors: Activations, config: CrossEntropy, target_BT: jax.Array) -> int:
+    """Length of a chunk in each device's part of time."""
+    B, T = -(-target_BT.shape[0] // doors.parts("B")), target_BT.shape[1] // doors.parts("T")
+    span = max(1, config.chunk_tokens // B)
+    return -(-T // -(-T // span))  # as many chunks, evenly filled
+
+
+def _logits(doors: Activations, h_BtD: jax.Array, w_VD: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """(float32 logits_BtV of this rank's part of the vocabulary, its tokens' numbers); padding is hidden."""
+    logits_BtV = doors.local_einsum("BTD,VD->BTV", h_BtD, w_VD, jnp.float32)
+    v = doors.index("BTV", "V", logits_BtV)
+    return jnp.where(v < vocab_size, logits_BtV, HIDDEN), v
+
+
+def _nll(
+    doors: Activations, logits_BtV: jax.Array, v: jax.Array, target_Bt: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(-log p of the targets, log-normaliser, largest logit), each _Bt, over the whole vocabulary."""
+    top_Bt = doors.max_over("V", jnp.max(logits_BtV, axis=-1))
+    normaliser_Bt = doors.sum_over("V", jnp.sum(jnp.exp(logits_BtV - top_Bt[..., None]), axis=-1))
+    lse_Bt = jnp.log(normaliser_Bt) + top_Bt
+    hit_BtV = v == target_Bt[..., None]
+    nll_Bt = lse_Bt - doors.sum_over("V", jnp.sum(jnp.where(hit_BtV, logits_BtV, 0.0), axis=-1))
+    return nll_Bt, lse_Bt, top_Bt
+
+
+class RowScores(NamedTuple):
+    """What evaluation knows of each row."""
+
+    log_probability: jax.Array
+    """float32: log-probability of its targets, in nats, each times its weight, summed."""
+    targets: jax.Array
+    """int32: its targets with a weight."""
+    greedy: jax.Array
+    """int32: those of them that were the most probable token, the first of equals."""
+
+
+def score_rows(
+    doors: Activations,
+    config: CrossEntropy,
+    h_BTD: jax.Array,
+    table_VD: nnx.Param,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+    vocab_size: int,
+) -> RowScores:
+    """Scores_B of rows, whose time may be split over ranks; operands as in `cross_entropy`. Not differentiated."""
+    w_VD, h_BTD = doors.storage.for_use(table_VD), doors.enter(h_BTD, "V")
+
+    def chunk(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, RowScores]:
+        h_BtD, target_Bt, weight_Bt = xs
+        logits_BtV, v = _logits(doors, h_BtD, w_VD, vocab_size)
+        nll_Bt, _lse_Bt, top_Bt = _nll(doors, logits_BtV, v, target_Bt)
+        tied_BtV = jnp.where(logits_BtV == top_Bt[..., None], v, vocab_size)
+        first_Bt = -doors.max_over("V", jnp.max(-tied_BtV, axis=-1))
+        counts_Bt = weight_Bt > 0
+        greedy_Bt = counts_Bt & (first_Bt == target_Bt)
+        dtypes = (jnp.float32, jnp.int32, jnp.int32)
+        each = (-nll_Bt * weight_Bt, counts_Bt, greedy_Bt)
+        return None, RowScores(*(jnp.sum(x, axis=1, dtype=t) for x, t in zip(each, dtypes, strict=True)))
+
+    parts, span = doors.parts("T"), _span(doors, config, target_BT)
+    xs = tuple(split_time(x, span, parts) for x in (h_BTD, target_BT, weight_BT))
+    _, scores_xB = jax.lax.scan(chunk, None, xs)
+    return RowScores(*(doors.sum_over("T", jnp.sum(x, axis=0)) for x in scores_xB))
 
 
 def pair_loss(

@@ -22,7 +22,6 @@ from mtx.layers import (
     Gelu,
     LayerNorm,
     Learned,
-    Mlp,
     RMSNorm,
     Rotary,
     SwiGLU,
@@ -33,6 +32,7 @@ from mtx.layers import (
 )
 from mtx.layout import Placement, Weight
 from mtx.spmd import Activations, Params, relay, this_stage
+from mtx.sums import Sums, as_declared, over_layers
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words
 
@@ -69,7 +69,7 @@ class Transformer:
     attention: AttentionConfig
     """Self-attention of every layer."""
     mlp: Gelu | SwiGLU
-    """Feed-forward part of every layer."""
+    """Feed-forward part of every layer: a type that builds it."""
     norm: LayerNorm | RMSNorm = LayerNorm()
     """Before attention, before feed-forward, and at the end."""
     positions: Learned | Rotary = Learned()
@@ -188,15 +188,15 @@ class Block(nnx.Module):
             rngs,
         )
         self.norm_mlp = config.norm.build(config.width, rngs)
-        self.mlp = Mlp(config.mlp, config.width, config.bias, std, out_std, rngs)
+        self.mlp = config.mlp.build(config.width, config.bias, std, out_std, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Sums, Cache | None]:
         y_BTD, cache = self.attention(self.norm_attention(x_BTD), context, cache)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, context, "attention_out")
-        y_BTD = self.mlp(self.norm_mlp(x_BTD), context)
-        return x_BTD + dropout(y_BTD, self.dropout, context, "mlp_out"), cache
+        y_BTD, sums = self.mlp(self.norm_mlp(x_BTD), context)
+        return x_BTD + dropout(y_BTD, self.dropout, context, "mlp_out"), sums, cache
 
 
 class Model:
@@ -209,7 +209,8 @@ class Model:
         self.config, self.placement = config, placement or Placement.even(config.layers)
         assert sum(self.placement.counts) == config.layers
         self._ends = nnx.split(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(params=0))))
-        self._block = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0))))
+        block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0)))
+        self._block, self.statistics = nnx.split(block), block.mlp.statistics
 
     @cached_property
     def weights(self) -> Params:
@@ -246,44 +247,58 @@ class Model:
         """x_BTD, which the first layer reads."""
         return _merge(self._ends, ends).embed(token_BT, context)
 
-    def layer(self, weights: Params, x_BTD: jax.Array, context: Context, number: jax.Array | int) -> jax.Array:
-        """x_BTD after one layer; `weights` are that layer's, without L."""
-        return _merge(self._block, weights)(x_BTD, replace(context, layer=number))[0]
+    def layer(
+        self, weights: Params, x_BTD: jax.Array, context: Context, number: jax.Array | int
+    ) -> tuple[jax.Array, Sums]:
+        """x_BTD after one layer, and the values of `statistics`; `weights` are that layer's, without L."""
+        x_BTD, sums, _ = _merge(self._block, weights)(x_BTD, replace(context, layer=number))
+        return x_BTD, as_declared(self.statistics, sums)
 
     def norm(self, ends: Params, x_BTD: jax.Array) -> jax.Array:
         """What head and loss read of the last layer's x_BTD."""
         return _merge(self._ends, ends).norm(x_BTD)
 
-    def hidden(self, params: Params, batch: Batch, doors: Activations, mask: Mask, key_B: Words | None) -> jax.Array:
-        """x_BTD of the residual stream after the final norm. `key_B` turns dropout on."""
+    def hidden(
+        self, params: Params, batch: Batch, doors: Activations, mask: Mask, key_B: Words | None
+    ) -> tuple[jax.Array, Sums]:
+        """x_BTD of the residual stream after the final norm, and the sums of all layers. `key_B` turns dropout on.
+
+        With several pipeline stages there are no sums: the engine puts them together.
+        """
         context = self.context(batch, doors, mask, key_B)
 
-        def layer(x_BTD: jax.Array, weights: Params, number: jax.Array) -> jax.Array:
+        def layer(x_BTD: jax.Array, weights: Params, number: jax.Array) -> tuple[jax.Array, Sums]:
             return self.layer(weights, x_BTD, context, number)
 
         if self.config.remat in ("full", "stage"):
             layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
 
-        def step(x_BTD: jax.Array, own: None, weights: Params, number: Any, row: Any) -> tuple[jax.Array, None]:
-            return layer(x_BTD, weights, number), own
+        def step(x_BTD: jax.Array, own: None, weights: Params, number: Any, row: Any) -> tuple[jax.Array, None, Sums]:
+            x_BTD, sums = layer(x_BTD, weights, number)
+            return x_BTD, own, sums
 
-        x_BTD, _ = self._through(params, step, self.embed(params["ends"], batch.tokens, context), None)
-        return self.norm(params["ends"], x_BTD)
+        x_BTD = self.embed(params["ends"], batch.tokens, context)
+        (x_BTD, _), sums_L = self._through(params, step, x_BTD, None)
+        return self.norm(params["ends"], x_BTD), over_layers(self.statistics, sums_L)
 
-    def _through(self, params: Params, step: Callable[..., tuple[jax.Array, Any]], x: jax.Array, own: Any) -> Any:
-        """(x, own) through all layers: `step(x, own, a layer's weights, its number, its row on this stage)`.
+    def _through(
+        self, params: Params, step: Callable[..., tuple[jax.Array, Any, Sums]], x: jax.Array, own: Any
+    ) -> tuple[tuple[jax.Array, Any], Sums]:
+        """(x, own) through all layers: `step(x, own, a layer's weights, its number, its row on this stage)`; and their
+        sums, stacked, if there is one stage.
 
         `own` stays where it is; x goes from stage to stage of a pipeline, where this is not differentiated.
         """
         place = self.placement
         if place.stages == 1:
 
-            def layer(now: tuple[jax.Array, Any], xs: tuple[Params, jax.Array]) -> tuple[Any, None]:
+            def layer(now: tuple[jax.Array, Any], xs: tuple[Params, jax.Array]) -> tuple[Any, Sums]:
                 weights, number = xs
-                return step(*now, weights, number, number), None
+                x, own, sums = step(*now, weights, number, number)
+                return (x, own), sums
 
             xs = (params["layers"], jnp.arange(self.config.layers))
-            return jax.lax.scan(layer, (x, own), xs, unroll=self.config.unroll)[0]
+            return jax.lax.scan(layer, (x, own), xs, unroll=self.config.unroll)
 
         def chunk(i: jax.Array, now: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             at = this_stage(place, i)
@@ -291,13 +306,13 @@ class Model:
             def layer(now: tuple[jax.Array, Any], j: jax.Array) -> tuple[Any, None]:
                 def run() -> tuple[jax.Array, Any]:
                     weights = jax.tree.map(lambda w: w[at.row + j], params["layers"])
-                    return step(*now, weights, at.layer + j, at.row + j)
+                    return step(*now, weights, at.layer + j, at.row + j)[:2]
 
                 return (run() if place.is_even else jax.lax.cond(j < at.count, run, lambda: now)), None
 
             return jax.lax.scan(layer, now, jnp.arange(place.size), unroll=self.config.unroll)[0]
 
-        return relay(place, chunk, x, own)
+        return relay(place, chunk, x, own), {}
 
     def answer(self, ends: Params, first_BD: jax.Array, doors: Activations) -> jax.Array:
         """Float32 logits_BA for pairs, from the first token of `hidden`'s result."""
@@ -309,7 +324,7 @@ class Model:
 
     def logits(self, params: Params, batch: Batch, doors: Activations, mask: Mask) -> jax.Array:
         """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it)."""
-        return self.unembed(params, self.hidden(params, batch, doors, mask, None), doors)
+        return self.unembed(params, self.hidden(params, batch, doors, mask, None)[0], doors)
 
     def unembed(self, params: Params, h_BTD: jax.Array, doors: Activations) -> jax.Array:
         """Float32 logits_BTV of `hidden`'s result."""
@@ -337,10 +352,11 @@ class Model:
         context = Context(doors, mask, token_BT, position_BT, None, seen_BTS=seen_BTS, slot=slot)
         ends = _merge(self._ends, params["ends"])
 
-        def step(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any]:
-            return _merge(self._block, weights)(x_BTD, replace(context, layer=number, row=row), cache)
+        def step(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any, Sums]:
+            x_BTD, _, new = _merge(self._block, weights)(x_BTD, replace(context, layer=number, row=row), cache)
+            return x_BTD, new, {}
 
-        x_BTD, cache = self._through(params, step, ends.embed(token_BT, context), cache)
+        (x_BTD, cache), _ = self._through(params, step, ends.embed(token_BT, context), cache)
         return ends.norm(x_BTD), cache
 
     def mask(self, documents: bool, prefix: bool = False) -> Mask:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtx.layers import Context
 from mtx.layout import BoundLayout, Weight
-from mtx.losses import CrossEntropy, cross_entropy, pair_loss
+from mtx.losses import STATISTICS, CrossEntropy, RowScores, cross_entropy, pair_loss, score_rows
 from mtx.model import Batch, Model
 from mtx.optim import Counter, Optimizer, Progress
 from mtx.pipeline import Engine, Interleaved, OneFOneB, Parts, Schedule, to_order, to_rows
@@ -31,8 +32,10 @@ from mtx.spmd import (
     ManualActivations,
     ManualStorage,
     Params,
+    all_layers,
     map_weights,
 )
+from mtx.sums import Denominator, Statistics, Sum, Sums, added, both, over_layers, over_ranks, seeds
 from pallas_kernels.masks import Mask, Prefix
 from pallas_kernels.threefry import Words, threefry2x32
 
@@ -239,23 +242,43 @@ class Program:
             return jax.default_matmul_precision("highest")
         return contextlib.nullcontext()
 
-    def gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Params, jax.Array]:
-        """Sums over the first `count` microbatches: gradients_f32, stored as the weights are, and
-        (objective, cross entropy, label weight) in float32."""
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Declarations of what a step sums: the loss's own and the layers' statistics."""
+        assert not STATISTICS.keys() & self.model.statistics.keys()
+        return {**STATISTICS, **self.model.statistics}
+
+    def denominator(self, batch: Batch, count: jax.Array, per: Denominator) -> jax.Array:
+        """What a sum over the first `count` microbatches of a Batch_MBT is divided by; never 0."""
+        if per == "row":
+            return jnp.maximum(count * batch.tokens.shape[1], 1).astype(jnp.float32)
+        x_MBT = batch.weights if per == "label" else batch.segments > 0
+        x_M = jnp.sum(x_MBT, axis=(1, 2), dtype=jnp.float32)
+        return jnp.maximum(jnp.sum(jnp.where(jnp.arange(len(x_M)) < count, x_M, 0.0)), 1e-9)
+
+    def gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Params, Sums]:
+        """Sums over the first `count` microbatches: gradients_f32, stored as the weights are, and the values of
+        `statistics`. Dividing the gradients, as the objective, by the labels is left to the step."""
         doors = self.doors()
         M, B, _ = batch.tokens.shape
         row = jnp.arange(M * B, dtype=jnp.uint32).reshape(M, B)
         samples = P(None, *self.layout.activation("B"))
         sample_MB = jax.tree.map(lambda x: self._place(x, samples), state.samples.plus(row))
+        slopes = seeds(self.model.statistics, partial(self.denominator, batch, count))
 
-        def run(params: Params, batch: Batch, sample_MB: Counter, seed: jax.Array, count: jax.Array):
+        def run(params: Params, batch: Batch, sample_MB: Counter, seed: jax.Array, count: jax.Array, slopes: Sums):
             used, accumulate = self.use(doors, params), self._pipelined if self.stages > 1 else self._accumulate
-            return self._reduce(doors, *accumulate(doors, used, batch, sample_MB, seed, count))
+            gradients, sums = accumulate(doors, used, batch, sample_MB, seed, count, slopes)
+            gradients = map_weights(doors.storage.reduce_gradient, self.weights, gradients)
+            return gradients, over_ranks(self.statistics, sums, doors)
 
-        specs = (self.stored_specs, self.batch_spec, samples, P(), P())
-        run = self.mapped(run, specs, (self.stored_specs, P()))
+        specs = (self.stored_specs, self.batch_spec, samples, P(), P(), P())
+        results = {name: self.layout.activation(s.kept) for name, s in self.statistics.items()}
+        results |= {name: P(None, *results[name]) for name, s in self.statistics.items() if s.per_layer}
         with self.exact():
-            return run(state.params, batch, sample_MB, state.seed, count)
+            run = self.mapped(run, specs, (self.stored_specs, results))
+            gradients, sums = run(state.params, batch, sample_MB, state.seed, count, slopes)
+        return gradients, sums | {"objective": added(sums["objective"], slopes, sums)}
 
     @property
     def stored_specs(self) -> Params:
@@ -318,14 +341,15 @@ class Program:
             params = map_weights(storage.gather_stages, self.weights, params)
         return params if storage.at_use else map_weights(storage.gather, self.weights, params)
 
-    def _accumulate(self, doors, params, batch: Batch, sample_MB: Counter, seed, count) -> tuple[Params, jax.Array]:
-        def microbatch(i: jax.Array | int) -> tuple[Params, jax.Array]:
+    def _accumulate(self, doors, params, batch: Batch, sample_MB: Counter, seed, count, slopes) -> tuple[Params, Sums]:
+        def microbatch(i: jax.Array | int) -> tuple[Params, Sums]:
             part, sample = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), (batch, sample_MB))
             key_B = sequence_keys(seed, sample)
 
-            def objective(params: Params) -> tuple[jax.Array, jax.Array]:
-                sums = self._sums(doors, params, part, key_B)
-                return sums[0], sums
+            def objective(params: Params) -> tuple[jax.Array, Sums]:
+                h_BTD, sums = self.model.hidden(params, part, doors, self.mask, key_B)
+                loss, own = self._loss(doors, params["ends"], h_BTD, part)
+                return added(loss, slopes, sums), own | sums
 
             gradients, sums = jax.grad(objective, has_aux=True)(params)
             gradients = map_weights(doors.storage.scatter_microbatch, self.weights, gradients)
@@ -333,15 +357,18 @@ class Program:
 
         if batch.tokens.shape[0] == 1:
             return microbatch(0)
-        shapes = jax.eval_shape(microbatch, 0)
-        zeros = jax.tree.map(partial(_zeros, doors.global_shapes), shapes)
-        return lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, microbatch(i)), zeros)
 
-    def _sums(self, doors: Activations, params: Params, batch: Batch, key_B: Words | None) -> jax.Array:
-        """(objective, cross entropy, label weight) of this rank's rows."""
-        return self._loss(doors, params["ends"], self.model.hidden(params, batch, doors, self.mask, key_B), batch)
+        def add(i: jax.Array, total: tuple[Params, Sums]) -> tuple[Params, Sums]:
+            gradients, sums = microbatch(i)
+            return jax.tree.map(jnp.add, total[0], gradients), both(self.statistics, total[1], sums)
 
-    def _loss(self, doors: Activations, ends: Params, h_BTD: jax.Array, batch: Batch) -> jax.Array:
+        full = partial(_full, doors.global_shapes)
+        gradients, sums = jax.eval_shape(microbatch, 0)
+        nothing = {name: full(x, self.statistics[name].empty) for name, x in sums.items()}
+        return lax.fori_loop(0, count, add, (jax.tree.map(full, gradients), nothing))
+
+    def _loss(self, doors: Activations, ends: Params, h_BTD: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:
+        """What is minimised, and the loss's sums, of this rank's rows."""
         head, vocab = self.model.head(ends), self.model.config.vocab_size
         objective, nll = cross_entropy(doors, self.loss, h_BTD, head, batch.targets, batch.weights, vocab)
         if self.model.config.pairs:
@@ -349,10 +376,11 @@ class Program:
             answer = partial(self.model.answer, ends, doors=doors)
             pairs = pair_loss(doors, answer, h_BTD, batch.label, batch.weights)
             objective, nll = objective + pairs[0], nll + pairs[1]
-        return jnp.stack([objective, nll, jnp.sum(batch.weights)])
+        return objective, {"objective": objective, "cross_entropy": nll, "labels": jnp.sum(batch.weights)}
 
-    def _reduce(self, doors: Activations, gradients: Params, sums: jax.Array) -> tuple[Params, jax.Array]:
-        return map_weights(doors.storage.reduce_gradient, self.weights, gradients), doors.sum_over("BT", sums)
+    def _score(self, doors: Activations, ends: Params, h_BTD: jax.Array, batch: Batch) -> RowScores:
+        head, vocab = self.model.head(ends), self.model.config.vocab_size
+        return score_rows(doors, self.loss, h_BTD, head, batch.targets, batch.weights, vocab)
 
     # Pipelines.
 
@@ -360,19 +388,22 @@ class Program:
     def stages(self) -> int:
         return self.model.placement.stages
 
-    def _pipelined(self, doors, params, batch: Batch, sample_MB: Counter, seed, count) -> tuple[Params, jax.Array]:
+    def _pipelined(self, doors, params, batch: Batch, sample_MB: Counter, seed, count, slopes) -> tuple[Params, Sums]:
         """`_accumulate` over the stages of a pipeline: its microbatches are the step's."""
-        key_MB = sequence_keys(seed, sample_MB)
-        return self._engine(doors, batch.tokens.shape[0]).gradients(params, (batch, key_MB), count)
+        feed_M, engine = (batch, sequence_keys(seed, sample_MB)), self._engine(doors, batch.tokens.shape[0], self._loss)
+        gradients, own, sums_R = engine.gradients(params, feed_M, count, slopes)
+        declared, place = self.model.statistics, self.model.placement
+        sums_R = {name: all_layers(place, x) if declared[name].per_layer else x for name, x in sums_R.items()}
+        return gradients, own | over_layers(declared, sums_R)
 
-    def _engine(self, doors: Activations, microbatches: int, forward: bool = False) -> Engine:
+    def _engine(self, doors: Activations, microbatches: int, finish: Callable, forward: bool = False) -> Engine:
         model, config = self.model, self.model.config
         schedule = self._forward_only if forward else self.schedule
 
         def context(feed: Any) -> Context:
             return model.context(feed[0], doors, self.mask, feed[1])
 
-        def layer(weights: Params, x_BTD: jax.Array, feed: Any, number: jax.Array) -> jax.Array:
+        def layer(weights: Params, x_BTD: jax.Array, feed: Any, number: jax.Array) -> tuple[jax.Array, Sums]:
             return model.layer(weights, x_BTD, context(feed), number)
 
         if config.remat in ("full", "stage") and not forward:
@@ -381,11 +412,12 @@ class Program:
             parts=Parts(
                 embed=lambda ends, feed: model.embed(ends, feed[0].tokens, context(feed)),
                 layer=layer,
-                finish=lambda ends, x_BTD, feed: self._loss(doors, ends, model.norm(ends, x_BTD), feed[0]),
+                finish=lambda ends, x_BTD, feed: finish(doors, ends, model.norm(ends, x_BTD), feed[0]),
             ),
             placement=model.placement,
             table=schedule.table(self.stages, microbatches, keeps=forward or config.remat != "stage"),
             weights=self.weights,
+            statistics=model.statistics,
             scatter=doors.storage.scatter_microbatch,
             unroll=config.unroll,
         )
@@ -403,13 +435,14 @@ class Program:
 
         A step whose gradients are not finite changes the counters and `skipped`, nothing else.
         """
-        gradients, (objective, nll, labels) = self.gradients(state, batch, count)
+        gradients, sums = self.gradients(state, batch, count)
+        labels = sums["labels"]
         gradients = jax.tree.map(lambda g: g / jnp.maximum(labels, 1e-9), gradients)
         norm = optax.tree.norm(gradients)
         if (limit := self.optimizer.clip_norm) is not None:
             scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-9))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(objective)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["objective"])
 
         _, B, T = batch.tokens.shape
         steps, sequences = state.step + 1, count.astype(jnp.uint32) * np.uint32(B)
@@ -434,11 +467,16 @@ class Program:
             seed=state.seed,
         )
         metrics = {
-            "train/loss": nll / jnp.maximum(labels, 1e-9),
+            "train/loss": sums["cross_entropy"] / jnp.maximum(labels, 1e-9),
             "train/grad_norm": norm,
             "lr": rate,
             "skipped": state.skipped,
         }
+        for name, s in self.model.statistics.items():
+            assert f"train/{name}" not in metrics, f"a metric has the name of the statistic {name}"
+            if not s.per_layer and not s.kept:
+                below = self.denominator(batch, count, s.per) if isinstance(s, Sum) else 1.0
+                metrics[f"train/{name}"] = sums[name] / below
         return state, metrics
 
     def compile_train_step(self):
@@ -446,21 +484,43 @@ class Program:
         out = (self.state_shardings, None)
         return jax.jit(self.train_step, donate_argnums=0, out_shardings=out)
 
-    def eval_sums(self, params: Params, batch: Batch) -> jax.Array:
-        """(cross entropy in nats, label weight), each summed over a Batch_MBT, which streams through a pipeline."""
-        doors, (count, _, _) = self.doors(), batch.tokens.shape
+    def eval_sums(self, params: Params, batch: Batch) -> Sums:
+        """`cross_entropy` in nats and the weight of the `labels`, each summed over a Batch_MBT, which streams through a
+        pipeline."""
+        doors = self.doors()
 
-        def run(params: Params, batch: Batch) -> jax.Array:
-            used = self.use(doors, params)
-            if self.stages > 1:
-                sums = self._engine(doors, count, forward=True).sums(used, (batch, None))
-            else:
-                parts = [jax.tree.map(lambda x: x[i], batch) for i in range(count)]  # noqa: B023 (used at once)
-                sums = sum((self._sums(doors, used, part, None) for part in parts), start=jnp.zeros(3))
-            return doors.sum_over("BT", sums[1:])
+        def run(params: Params, batch: Batch) -> Sums:
+            _, sums_M = self._forward(doors, params, batch, self._loss)
+            sums = {name: functools.reduce(jnp.add, sums_M[name]) for name in ("cross_entropy", "labels")}
+            return over_ranks(self.statistics, sums, doors)
 
         with self.exact():
             return self.mapped(run, (self.stored_specs, self.batch_spec), P())(params, batch)
+
+    def eval_rows(self, params: Params, batch: Batch) -> RowScores:
+        """Scores_MB of each row of a Batch_MBT, which streams through a pipeline."""
+        doors = self.doors()
+
+        def run(params: Params, batch: Batch) -> RowScores:
+            scores_MB = self._forward(doors, params, batch, self._score)
+            return jax.tree.map(lambda x: doors.sum_over("L", x), scores_MB)
+
+        specs = (self.stored_specs, self.batch_spec)
+        with self.exact():
+            return self.mapped(run, specs, P(None, *self.layout.activation("B")))(params, batch)
+
+    def _forward(self, doors: Activations, params: Params, batch: Batch, finish: Callable) -> Any:
+        """`finish` of each microbatch, stacked; with several pipeline stages on the last, and zeros on the others."""
+        used, (count, _, _) = self.use(doors, params), batch.tokens.shape
+        if self.stages > 1:
+            return self._engine(doors, count, finish, forward=True).forward(used, (batch, None))
+
+        def one(part: Batch) -> Any:
+            h_BTD, _ = self.model.hidden(used, part, doors, self.mask, None)
+            return finish(doors, used["ends"], h_BTD, part)
+
+        parts = [one(jax.tree.map(lambda x: x[i], batch)) for i in range(count)]  # noqa: B023 (used at once)
+        return jax.tree.map(lambda *each: jnp.stack(each), *parts)
 
     def logits(self, state: TrainState, batch: Batch) -> jax.Array:
         """Float32 logits_BTV of a Batch_BT over the padded vocabulary."""
@@ -479,5 +539,5 @@ def sequence_keys(seed: jax.Array, sample_B: Counter) -> Words:
     return threefry2x32((seed, np.uint32(1)), (sample_B.high, sample_B.low))
 
 
-def _zeros(sharded: bool, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding if sharded else None)
+def _full(sharded: bool, shape: jax.ShapeDtypeStruct, value: float = 0.0) -> jax.Array:
+    return jnp.full(shape.shape, value, shape.dtype, out_sharding=shape.sharding if sharded else None)

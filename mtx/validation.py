@@ -12,13 +12,14 @@ from mtx.errors import DataError
 from mtx.model import Batch
 from mtx.spmd import Params
 from mtx.step import Program
+from mtx.sums import Sums
 
 
 def validate(
     config: Config,
     program: Program,
     loader: Loader,
-    eval_fn: Callable[[Params, Batch], jax.Array],
+    eval_fn: Callable[[Params, Batch], Sums],
     params: Params,
     *,
     split: str = "validation",
@@ -61,7 +62,7 @@ def _sums(
     config: Config,
     program: Program,
     source: Rows,
-    eval_fn: Callable[[Params, Batch], jax.Array],
+    eval_fn: Callable[[Params, Batch], Sums],
     params: Params,
     between: Callable[[], None],
 ) -> tuple[float, float, float]:
@@ -73,7 +74,7 @@ def _sums(
     rows = (config.batch.micro_size or config.batch.global_size // shards) * shards
     together = min(4 * program.stages, -(-count // rows)) if program.stages > 1 else 1  # they follow one another
     rows *= together
-    total = np.zeros(2, np.float64)
+    nats = tokens = 0.0
     for start in range(0, count, rows):
         between()
 
@@ -84,5 +85,6 @@ def _sums(
             return arrays
 
         batch = program.place_rows(load, (together, rows // together, length), program.batch_spec)
-        total += np.asarray(eval_fn(params, batch), np.float64)
-    return float(total[0]), float(total[1]), count / whole
+        sums = jax.device_get(eval_fn(params, batch))
+        nats, tokens = nats + float(sums["cross_entropy"]), tokens + float(sums["labels"])
+    return nats, tokens, count / whole

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from mtx.layout import STAGES, Placement, Weight
 from mtx.pipeline import Engine, GPipe, Interleaved, OneFOneB, Parts, Schedule, ZeroBubble
 from mtx.spmd import Params
+from mtx.sums import Sums
 
 B, D, LAYERS = 2, 4, 7
 """Of two, three or four stages, with chunks or without, none is even: some rows have no layer."""
@@ -31,12 +32,15 @@ def embed(ends: Params, feed_BD: jax.Array) -> jax.Array:
     return feed_BD * ends["gain_D"]
 
 
-def layer(weights: Params, x_BD: jax.Array, feed_BD: jax.Array, number, product: Product = jnp.matmul) -> jax.Array:
-    return x_BD + product(jnp.tanh(x_BD + number + feed_BD), weights["w_DF"])
+def layer(
+    weights: Params, x_BD: jax.Array, feed_BD: jax.Array, number, product: Product = jnp.matmul
+) -> tuple[jax.Array, Sums]:
+    return x_BD + product(jnp.tanh(x_BD + number + feed_BD), weights["w_DF"]), {}
 
 
-def finish(ends: Params, x_BD: jax.Array, feed_BD: jax.Array) -> jax.Array:
-    return jnp.stack([jnp.sum(jnp.square(x_BD * ends["gain_D"])), jnp.sum(feed_BD)])
+def finish(ends: Params, x_BD: jax.Array, feed_BD: jax.Array) -> tuple[jax.Array, Sums]:
+    objective = jnp.sum(jnp.square(x_BD * ends["gain_D"]))
+    return objective, {"objective": objective, "fed": jnp.sum(feed_BD)}
 
 
 class Counted:
@@ -54,7 +58,8 @@ class Counted:
             return self._at("embed", embed(ends, feed_BD))
 
         def finished(ends, x_BD, feed_BD):
-            return self._at("finish", finish(ends, x_BD, feed_BD))
+            objective, sums = finish(ends, x_BD, feed_BD)
+            return self._at("finish", objective), sums
 
         return Parts(embedded, partial(layer, product=self._product()), finished)
 
@@ -96,15 +101,20 @@ class Run:
             placement=self.place,
             table=schedule.table(stages, microbatches, keeps=keeps),
             weights=WEIGHTS,
+            statistics={},
             scatter=lambda weight, gradient: gradient,
         )
         self.gradients = self._mapped(self._gradients, (P(), P(STAGES), P()))
-        self.sums = self._mapped(lambda params, feed_MBD, count: self.engine.sums(params, feed_MBD), P())
+        self.forward = self._mapped(self._forward, P())
         self.plain = jax.jit(self._plain)
 
     def _gradients(self, params: Params, feed_MBD: jax.Array, count: jax.Array):
-        found, sums = self.engine.gradients(params, feed_MBD, count)
-        return lax.psum(found["ends"]["gain_D"], STAGES), found["layers"]["w_DF"], sums
+        found, sums, _ = self.engine.gradients(params, feed_MBD, count, {})
+        return lax.psum(found["ends"]["gain_D"], STAGES), found["layers"]["w_DF"], lax.psum(sums, STAGES)
+
+    def _forward(self, params: Params, feed_MBD: jax.Array, count: jax.Array) -> Sums:
+        """The sums of each microbatch."""
+        return lax.psum(self.engine.forward(params, feed_MBD)[1], STAGES)
 
     def _mapped(self, run: Callable, out: Any) -> Callable:
         mesh, params = Mesh(jax.devices()[: self.place.stages], (STAGES,)), {"ends": P(), "layers": P(STAGES)}
@@ -113,21 +123,22 @@ class Run:
         w_RDF = jnp.where(there, self.w_LDF[np.maximum(self.place.layer_of_row, 0)], 0)
         return lambda count: run({"ends": self.ends, "layers": {"w_DF": w_RDF}}, self.feed_MBD, jnp.int32(count))
 
-    def _plain(self, count: jax.Array | int) -> tuple[Params, jax.Array]:
+    def _plain(self, count: jax.Array | int) -> tuple[Params, Sums]:
         """(gradients, sums) of the first `count` microbatches without an engine, the layers in their own order."""
 
-        def one(params: Params, feed_BD: jax.Array) -> jax.Array:
+        def one(params: Params, feed_BD: jax.Array) -> tuple[jax.Array, Sums]:
             def step(x_BD: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
                 weights, number = xs
-                return layer(weights, x_BD, feed_BD, number), None
+                return layer(weights, x_BD, feed_BD, number)[0], None
 
             x_BD, _ = lax.scan(step, embed(params["ends"], feed_BD), (params["layers"], jnp.arange(LAYERS)))
             return finish(params["ends"], x_BD, feed_BD)
 
-        def objective(params: Params) -> tuple[jax.Array, jax.Array]:
+        def objective(params: Params) -> tuple[jax.Array, Sums]:
             counts_M = jnp.arange(len(self.feed_MBD)) < count
-            sums = counts_M @ jax.vmap(partial(one, params))(self.feed_MBD)
-            return sums[0], sums
+            _, sums_M = jax.vmap(partial(one, params))(self.feed_MBD)
+            sums = {name: counts_M @ x_M for name, x_M in sums_M.items()}
+            return sums["objective"], sums
 
         return jax.grad(objective, has_aux=True)({"ends": self.ends, "layers": {"w_DF": self.w_LDF}})
 
@@ -149,7 +160,7 @@ def test_a_stage_does_its_own_jobs_for_the_microbatches_that_count(schedule, sta
     for count in sorted({0, 1, microbatches - 1, microbatches}):
         gain_D, w_RDF, sums = run.gradients(count)
         wanted, wanted_sums = run.plain(count)
-        close(sums, wanted_sums)
+        close(jnp.stack([*sums.values()]), jnp.stack([*wanted_sums.values()]))
         close(gain_D, wanted["ends"]["gain_D"])
         close(w_RDF[run.place.row_of_layer], wanted["layers"]["w_DF"])
         assert not np.asarray(w_RDF)[run.place.layer_of_row < 0].any()
@@ -172,7 +183,7 @@ def test_a_stage_does_its_own_jobs_for_the_microbatches_that_count(schedule, sta
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 def test_evaluation_is_forward_only(schedule: Schedule):
     run = Run(schedule, 3, 5)
-    close(run.sums(5), run.plain(5)[1])
+    close(jnp.stack([jnp.sum(x_M) for x_M in run.forward(5).values()]), jnp.stack([*run.plain(5)[1].values()]))
     ran = {what: run.counted.of(what) for what in ("F", "B", "W", "embed", "finish")}
     none = [0, 0, 0]
     assert ran == {"F": [5 * n for n in run.layers], "B": none, "W": none, "embed": [5, 0, 0], "finish": [0, 0, 5]}

@@ -30,6 +30,7 @@ ORDER = (
         "mesh",
         "layout",
         "spmd",
+        "sums",
         "hlo",
         "layers",
         "attention",

@@ -109,7 +109,6 @@ def test_a_config_s_rows_fit_its_program(words: dict):
     expected = p.abstract_batch(1, 8, 128)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), placed) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     state = p.init(0)
-    with jax.set_mesh(p.mesh):
-        nats, labels = jax.jit(p.eval_sums)(state.params, placed)
+    nats, labels = toys.eval_sums(p, state.params, placed)
     assert 4 < nats / labels < 8 and labels == placed.weights.sum()
     assert all(np.isfinite(x).all() for x in flatten(state.params).values())

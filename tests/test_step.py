@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_sums
 import toys
 
 from mtx.layers import Gelu
@@ -124,3 +125,15 @@ def test_gathered_weights_are_not_saved_for_the_backward_pass(partition: Manual 
     per_layer = (temporaries(8, 3) - temporaries(4, 3)) / 4
     assert per_layer < 0.8 * layer, "a gathered layer is 1.0; shards of weights, moments and gradients are below 0.6"
     assert (temporaries(8, 1) - temporaries(4, 1)) / 4 > layer, "the control: stage 1 holds whole weights"
+
+
+def test_statistics_of_the_layers_that_are_one_number_are_metrics():
+    p = toys.program(test_sums.MODEL, optimizer=OPTIMIZER)
+    _, metrics = one_step(p, toys.state_of(p, toys.weights_of(test_sums.MODEL)), test_sums.arrays(), 4)
+    _, found = test_sums.reference()
+    tokens = (test_sums.arrays()["segments"] > 0).sum()
+    np.testing.assert_allclose(metrics["train/router"], found["router"] / tokens, rtol=1e-5)
+    np.testing.assert_allclose(metrics["train/energy"], found["energy"] / found["labels"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["train/peak"], found["peak"], rtol=1e-5)
+    own = {name for name in metrics if name.startswith("train/")}
+    assert own == {f"train/{name}" for name in ("loss", "grad_norm", "router", "energy", "peak")}

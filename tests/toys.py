@@ -189,15 +189,29 @@ def weights_of(model: Transformer) -> dict:
 def gradients(
     p: Program, params: dict, arrays: Mapping[str, np.ndarray], microbatches: int = 1
 ) -> tuple[dict, np.ndarray]:
-    """(gradients of the mean loss, sums), on the host; every copy of a replicated shard must agree."""
+    """(gradients of the mean loss, its sums: objective, cross entropy and labels), on the host."""
+    found, sums = gradients_and_sums(p, params, arrays, microbatches)
+    return found, np.array([sums[name] for name in ("objective", "cross_entropy", "labels")])
+
+
+def gradients_and_sums(
+    p: Program, params: dict, arrays: Mapping[str, np.ndarray], microbatches: int = 1
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """(gradients of the mean loss, all sums by name), on the host; every copy of a replicated shard must agree."""
     state, placed = state_of(p, params), place(p, arrays, microbatches)
     with jax.set_mesh(p.mesh):
         found, sums = jax.jit(p.gradients)(state, placed, jnp.int32(microbatches))
-    for name, array in flatten(found).items():
+    for name, array in (flatten(found) | sums).items():
         check_copies(name, array)
-    check_copies("sums", sums)
-    found = layers_of(p, jax.tree.map(np.asarray, found))
-    return jax.tree.map(lambda g: g / float(sums[2]), found), np.asarray(sums)
+    found, sums = layers_of(p, jax.tree.map(np.asarray, found)), jax.tree.map(np.asarray, sums)
+    return jax.tree.map(lambda g: g / float(sums["labels"]), found), sums
+
+
+def eval_sums(p: Program, params: dict, placed: Batch) -> np.ndarray:
+    """The cross entropy of placed rows, in nats, and the weight of their labels."""
+    with jax.set_mesh(p.mesh):
+        sums = jax.jit(p.eval_sums)(params, placed)
+    return np.array([sums["cross_entropy"], sums["labels"]])
 
 
 def check_copies(name: str, array: jax.Array) -> None:

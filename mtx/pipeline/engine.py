@@ -1,4 +1,4 @@
-"""Runs a table of ticks inside the Manual region: the gradients of one step, or the loss alone.
+"""Runs a table of ticks inside the Manual region: the gradients of one step, or what the last stage makes of its rows.
 
 One `lax.scan` over ticks, which is never differentiated: each tick calls `jax.vjp` itself, and gradients are carried.
 So nothing is saved per tick, and what a schedule stashes is all that it holds. The clock of a tick is that of
@@ -21,6 +21,7 @@ from mtx.pipeline.residuals import Form, Split, Used, used, zeros_of
 from mtx.pipeline.schedules import NOTHING, Row, Table
 from mtx.pipeline.split import halves
 from mtx.spmd import Params, VirtualStage, after, map_weights, this_stage, to_next_stage, to_stage_before
+from mtx.sums import Statistics, Sums, both
 
 Feed = Any
 """What the model reads of a microbatch, besides activations: a tree of arrays."""
@@ -32,10 +33,10 @@ class Parts:
 
     embed: Callable[[Params, Feed], jax.Array]
     """(ends, feed) -> x_BTD, which the first layer reads."""
-    layer: Callable[[Params, jax.Array, Feed, jax.Array], jax.Array]
-    """(one layer's weights, x_BTD, feed, the layer's number) -> x_BTD."""
-    finish: Callable[[Params, jax.Array, Feed], jax.Array]
-    """(ends, x_BTD, feed) -> float32 sums, of which the first is minimised."""
+    layer: Callable[[Params, jax.Array, Feed, jax.Array], tuple[jax.Array, Sums]]
+    """(one layer's weights, x_BTD, feed, the layer's number) -> (x_BTD, sums)."""
+    finish: Callable[[Params, jax.Array, Feed], Any]
+    """(ends, x_BTD, feed) -> (what is minimised, sums); forward only, any tree of arrays."""
 
 
 class Carry(NamedTuple):
@@ -56,7 +57,10 @@ class Carry(NamedTuple):
     layers: Params
     """Sums of weights' gradients, float32, in the accumulator's sharding."""
     ends: Params
-    sums: jax.Array
+    sums: Sums
+    """Those of `finish`."""
+    layer_sums: Sums
+    """Those of this stage's layers, [rows of the stage, ...]."""
 
 
 @dataclass(frozen=True)
@@ -70,40 +74,46 @@ class Engine:
     """The declarations: `ends` and stacked `layers`."""
     scatter: Callable[[Weight, jax.Array], jax.Array]
     """What of a microbatch's gradient of a weight is accumulated."""
+    statistics: Statistics
+    """Declarations of the layers' sums."""
     unroll: int = 1
     """Layers per iteration of the loop over a virtual stage's layers."""
 
     # The step.
 
-    def gradients(self, params: Params, feed_M: Feed, count: jax.Array) -> tuple[Params, jax.Array]:
-        """(gradients, sums) of the first `count` of M microbatches: what this stage has of them, and the last stage's
-        sums, on every stage. `feed_M` has a leading M, the table's."""
-        run = _Run(self, params, feed_M)
+    def gradients(self, params: Params, feed_M: Feed, count: jax.Array, seeds: Sums) -> tuple[Params, Sums, Sums]:
+        """(gradients, sums of `finish`, sums of this stage's layers, stacked as its rows are) of the first `count` of M
+        microbatches: what this stage has of them. `feed_M` has a leading M, the table's; `seeds` are the cotangents of
+        those of the layers' sums that are a part of the objective."""
+        run = _Run(self, params, feed_M, seeds)
         rows = lax.dynamic_index_in_dim(jnp.asarray(self.table.rows), run.stage, axis=1, keepdims=False)
         carry, _ = lax.scan(lambda carry, row: (run.tick(carry, Row(*row), count), None), run.start(), rows)
-        return {"ends": carry.ends, "layers": carry.layers}, lax.psum(carry.sums, STAGES)
+        return {"ends": carry.ends, "layers": carry.layers}, carry.sums, carry.layer_sums
 
-    def sums(self, params: Params, feed_M: Feed) -> jax.Array:
-        """The sums of all microbatches, forward only; the table must be one that `keeps`."""
-        run = _Run(self, params, feed_M)
+    def forward(self, params: Params, feed_M: Feed) -> Any:
+        """What `finish` gives of each microbatch, with a leading M, on the last stage, and zeros on the others; the
+        table must be one that `keeps`."""
+        run = _Run(self, params, feed_M, {})
         last = 1 + int((self.table.columns.f_mb > NOTHING).any(axis=1).nonzero()[0].max())
         rows = lax.dynamic_index_in_dim(jnp.asarray(self.table.rows[:last]), run.stage, axis=1, keepdims=False)
-        start = run.empty(self.table.stash_slots), jnp.zeros(run.sums_shape.shape, jnp.float32)
-        (_, sums), _ = lax.scan(lambda carry, row: (run.forward_tick(*carry, Row(*row)), None), start, rows)
-        return lax.psum(sums, STAGES)
+        microbatches = jax.tree.leaves(feed_M)[0].shape[0]
+        found = jax.tree.map(lambda x: jnp.zeros((microbatches, *x.shape), x.dtype), run.finish_shape)
+        start = run.empty(self.table.stash_slots), found
+        (_, found), _ = lax.scan(lambda carry, row: (run.forward_tick(*carry, Row(*row)), None), start, rows)
+        return found
 
 
 class _Run:
     """An engine at work on given arrays."""
 
-    def __init__(self, engine: Engine, params: Params, feed_M: Feed):
+    def __init__(self, engine: Engine, params: Params, feed_M: Feed, seeds: Sums):
         self.engine, self.parts, self.placement, self.table = engine, engine.parts, engine.placement, engine.table
         self.layers, self.ends, self.feed_M = params["layers"], params["ends"], feed_M
         self.keeps, self.splits = self.table.keeps, self.table.has_weight_jobs
-        self.stage = lax.axis_index(STAGES)
+        self.stage, self.seeds = lax.axis_index(STAGES), seeds
         feed = jax.eval_shape(self.feed, jnp.zeros((), jnp.int32))
         self.x_shape = jax.eval_shape(self.parts.embed, self.ends, feed)
-        self.sums_shape = jax.eval_shape(self.parts.finish, self.ends, self.x_shape, feed)
+        self.finish_shape = jax.eval_shape(self.parts.finish, self.ends, self.x_shape, feed)
         self.embeds = used(lambda ends: self.parts.embed(ends, zeros_of(feed)), self.ends)
         self.finishes = used(
             lambda ends: self.parts.finish(ends, zeros_of(self.x_shape), zeros_of(feed)),
@@ -138,7 +148,11 @@ class _Run:
             waiting=buffers(table.weight_slots, self.split.left if table.weight_slots else []),
             layers=sums(engine.weights["layers"], self.layers),
             ends=sums(engine.weights["ends"], self.ends),
-            sums=jnp.zeros(self.sums_shape.shape, jnp.float32),
+            sums=zeros_of(self.finish_shape[1]),
+            layer_sums={
+                name: jnp.full((self.placement.chunks * size, *x.shape), engine.statistics[name].empty, x.dtype)
+                for name, x in self.sums_shape.items()
+            },
         )
 
     # A tick.
@@ -158,46 +172,51 @@ class _Run:
     def _forward(self, carry: Carry, row: Row, count: jax.Array) -> tuple[Carry, jax.Array]:
         place, runs = self.place(row.f_chunk), _is_job(row.f_mb, count)
 
-        def run() -> tuple[list[jax.Array], jax.Array, jax.Array]:
+        def run() -> tuple[list[jax.Array], jax.Array, Sums, jax.Array]:
             feed = self.feed(row.f_mb)
             x_BTD = self._input(carry.stash, row.f_slot, place, feed)
             if not self.keeps:
-                return carry.kept, carry.outputs, self.through(x_BTD, place, feed)
-            y_BTD, kept = self.through_keeping(x_BTD, place, feed, carry.kept, row.f_keep)
+                return carry.kept, carry.outputs, carry.layer_sums, self.through(x_BTD, place, feed)
+            y_BTD, kept, sums = self.through_keeping(x_BTD, place, feed, carry.layer_sums, carry.kept, row.f_keep)
             write = partial(_write, carry.outputs, y_BTD, row.f_keep)
-            return kept, lax.cond(place.is_last, write, lambda: carry.outputs), y_BTD
+            return kept, lax.cond(place.is_last, write, lambda: carry.outputs), sums, y_BTD
+
+        def idle() -> tuple[list[jax.Array], jax.Array, Sums, jax.Array]:
+            return carry.kept, carry.outputs, carry.layer_sums, self._nothing()
 
         if not self.keeps:
             runs &= ~place.is_last  # B computes it
-        kept, outputs, y_BTD = lax.cond(runs, run, lambda: (carry.kept, carry.outputs, self._nothing()))
-        return carry._replace(kept=kept, outputs=outputs), y_BTD
+        kept, outputs, sums, y_BTD = lax.cond(runs, run, idle)
+        return carry._replace(kept=kept, outputs=outputs, layer_sums=sums), y_BTD
 
-    def forward_tick(self, stash: jax.Array, sums: jax.Array, row: Row) -> tuple[jax.Array, jax.Array]:
+    def forward_tick(self, stash: jax.Array, found: Any, row: Row) -> tuple[jax.Array, Any]:
         place = self.place(row.f_chunk)
 
-        def run() -> tuple[jax.Array, jax.Array]:
+        def run() -> tuple[jax.Array, Any]:
             feed = self.feed(row.f_mb)
             y_BTD = self.through(self._input(stash, row.f_slot, place, feed), place, feed)
-            more = lax.cond(
-                place.is_last, lambda: self.parts.finish(self.ends, y_BTD, feed), lambda: jnp.zeros_like(sums)
-            )
-            return y_BTD, sums + more
 
-        y_BTD, sums = lax.cond(row.f_mb > NOTHING, run, lambda: (self._nothing(), sums))
-        return _put(stash, row.y_arrival, to_next_stage(y_BTD)), sums
+            def finish() -> Any:
+                new = self.parts.finish(self.ends, y_BTD, feed)
+                return jax.tree.map(lambda x, value: _write(x, value, row.f_mb), found, new)
+
+            return y_BTD, lax.cond(place.is_last, finish, lambda: found)
+
+        y_BTD, found = lax.cond(row.f_mb > NOTHING, run, lambda: (self._nothing(), found))
+        return _put(stash, row.y_arrival, to_next_stage(y_BTD)), found
 
     def _backward(self, carry: Carry, row: Row, count: jax.Array) -> Carry:
         place = self.place(row.b_chunk)
 
         def run() -> Carry:
-            feed = self.feed(row.b_mb)
+            feed, sums = self.feed(row.b_mb), carry.layer_sums
             if self.keeps:
                 y_BTD, kept, slot = _read(carry.outputs, row.b_keep), carry.kept, row.b_keep  # y_BTD on the last
             else:
                 x_BTD = self._input(carry.stash, row.b_slot, place, feed)
-                y_BTD, stacked = self.through_keeping(x_BTD, place, feed)
+                y_BTD, stacked, sums = self.through_keeping(x_BTD, place, feed, sums)
                 kept, slot = [x[None] for x in stacked], jnp.zeros((), jnp.int32)
-            new, gy_BTD = self._turn(carry, row, place, y_BTD, feed)
+            new, gy_BTD = self._turn(carry._replace(layer_sums=sums), row, place, y_BTD, feed)
             new, gx_BTD = self._back(new, row, place, gy_BTD, kept, slot)
             return self._unembed(new, place, gx_BTD, feed)._replace(sent=gx_BTD)
 
@@ -209,14 +228,13 @@ class _Run:
     ) -> tuple[Carry, jax.Array]:
         """The gradient of a virtual stage's output: the loss's on the last, elsewhere what has arrived."""
 
-        def loss() -> tuple[Params, jax.Array, jax.Array]:
-            def objective(some: list[jax.Array], y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-                sums = self.parts.finish(self.finishes.put(self.ends, some), y_BTD, feed)
-                return sums[0], sums
+        def loss() -> tuple[Params, Sums, jax.Array]:
+            def objective(some: list[jax.Array], y_BTD: jax.Array) -> tuple[jax.Array, Sums]:
+                return self.parts.finish(self.finishes.put(self.ends, some), y_BTD, feed)
 
             some = self.finishes.take(self.ends)
             (found, gy_BTD), sums = jax.grad(objective, (0, 1), has_aux=True)(some, y_BTD)
-            return self._plus(carry.ends, self.finishes, found), carry.sums + sums, gy_BTD
+            return self._plus(carry.ends, self.finishes, found), jax.tree.map(jnp.add, carry.sums, sums), gy_BTD
 
         ends, sums, gy_BTD = lax.cond(
             place.is_last, loss, lambda: (carry.ends, carry.sums, _read(carry.gradients, row.b_gslot))
@@ -261,7 +279,7 @@ class _Run:
 
         def layer(x_BTD: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
             def run() -> jax.Array:
-                return self.parts.layer(self.layer_weights(place.row + i), x_BTD, feed, place.layer + i)
+                return self.parts.layer(self.layer_weights(place.row + i), x_BTD, feed, place.layer + i)[0]
 
             return self.if_there(place, i, run, lambda: x_BTD), None
 
@@ -272,54 +290,81 @@ class _Run:
         x_BTD: jax.Array,
         place: VirtualStage,
         feed: Feed,
+        sums: Sums,
         kept: list[jax.Array] | None = None,
         slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """The same, and what the backward pass needs of every layer: in a slot of buffers, or stacked."""
+    ) -> tuple[jax.Array, list[jax.Array], Sums]:
+        """The same, and what the backward pass needs of every layer, in a slot of buffers or stacked; `sums` with those
+        of the layers."""
 
-        def layer(now: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
-            x_BTD, kept = now
+        def layer(now: tuple[jax.Array, Any, Sums], i: jax.Array) -> tuple[tuple[jax.Array, Any, Sums], Any]:
+            x_BTD, kept, sums = now
 
-            def run() -> tuple[jax.Array, list[jax.Array]]:
-                y_BTD, left = self._keep(self.layer_weights(place.row + i), x_BTD, feed, place.layer + i)
+            def run() -> tuple[jax.Array, list[jax.Array], Sums]:
+                y_BTD, more, left = self._keep(self.layer_weights(place.row + i), x_BTD, feed, place.layer + i)
+                new = self._sum(sums, more, place.row + i)
                 if kept is None:
-                    return y_BTD, left
+                    return y_BTD, left, new
                 assert slot is not None
-                return y_BTD, _write_all(kept, left, slot, i)
+                return y_BTD, _write_all(kept, left, slot, i), new
 
-            def skip() -> tuple[jax.Array, list[jax.Array]]:
-                return x_BTD, [jnp.zeros(x.shape, x.dtype) for x in self.form.kept] if kept is None else kept
+            def skip() -> tuple[jax.Array, list[jax.Array], Sums]:
+                return x_BTD, [jnp.zeros(x.shape, x.dtype) for x in self.form.kept] if kept is None else kept, sums
 
-            y_BTD, left = self.if_there(place, i, run, skip)
-            return ((y_BTD, None), left) if kept is None else ((y_BTD, left), None)
+            y_BTD, left, sums = self.if_there(place, i, run, skip)
+            return ((y_BTD, None, sums), left) if kept is None else ((y_BTD, left, sums), None)
 
-        (y_BTD, kept), stacked = self._scan(layer, (x_BTD, kept))
-        return y_BTD, stacked if kept is None else kept
+        (y_BTD, kept, sums), stacked = self._scan(layer, (x_BTD, kept, sums))
+        return y_BTD, stacked if kept is None else kept, sums
+
+    def _sum(self, sums_R: Sums, more: Sums, row: jax.Array) -> Sums:
+        """Sums of all rows with one layer's."""
+        rows = {name: _read(x, row) for name, x in sums_R.items()}
+        return {name: _write(sums_R[name], x, row) for name, x in both(self.engine.statistics, rows, more).items()}
 
     def _keep(
         self, weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """A layer's result and the residuals of its vjp, but for the weights among them."""
-        y_BTD, vjp = self._vjp(weights, x_BTD, feed, number)
-        return y_BTD, Form.of(vjp, weights).without(vjp)
+    ) -> tuple[jax.Array, Sums, list[jax.Array]]:
+        """A layer's results and the residuals of its vjp, but for the weights among them."""
+        (y_BTD, sums), vjp = self._vjp(weights, x_BTD, feed, number)
+        return y_BTD, sums, Form.of(vjp, weights).without(vjp)
 
-    def _vjp(self, weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array) -> tuple[jax.Array, Any]:
+    def _vjp(
+        self, weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array
+    ) -> tuple[tuple[jax.Array, Sums], Any]:
         return jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
 
-    @cached_property
+    @property
+    def cotangents(self) -> Sums:
+        """Those of a layer's sums, alike for all layers and microbatches."""
+        return {name: jnp.full(x.shape, self.seeds.get(name, 0.0), x.dtype) for name, x in self.sums_shape.items()}
+
+    @property
+    def sums_shape(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a layer's sums."""
+        return self._traced[1]
+
+    @property
     def form(self) -> Form:
         """What a layer's vjp is made of."""
+        return self._traced[0]
+
+    @cached_property
+    def _traced(self) -> tuple[Form, dict[str, jax.ShapeDtypeStruct]]:
+        """(what a layer's vjp is made of, shapes of a layer's sums)."""
         found: list[Form] = []
 
-        def trace(weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array) -> list[jax.Array]:
-            _, vjp = self._vjp(weights, x_BTD, feed, number)
+        def trace(
+            weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array
+        ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+            (_, sums), vjp = self._vjp(weights, x_BTD, feed, number)
             found.append(Form.of(vjp, weights))
-            return found[0].without(vjp)
+            return found[0].without(vjp), sums
 
         number = jax.ShapeDtypeStruct((), jnp.int32)
         shapes = jax.eval_shape(lambda i: (self.layer_weights(i), self.feed(i)), number)
-        kept = jax.eval_shape(trace, shapes[0], self.x_shape, shapes[1], number)
-        return found[0]._replace(kept=kept)
+        kept, sums = jax.eval_shape(trace, shapes[0], self.x_shape, shapes[1], number)
+        return found[0]._replace(kept=kept), sums
 
     def _back(
         self,
@@ -338,10 +383,11 @@ class _Run:
             def run() -> tuple[jax.Array, Params, list[jax.Array]]:
                 weights, given = self.layer_weights(place.row + i), [_read(x, slot, i) for x in kept]
                 if self.splits:
-                    found, (gx_BTD,), left = self.split.halves.now(jax.tree.leaves(weights), [*given, gy_BTD])
+                    rest = [*given, *jax.tree.leaves((gy_BTD, self.cotangents))]
+                    found, (gx_BTD,), left = self.split.halves.now(jax.tree.leaves(weights), rest)
                     written = _write_all(waiting, left, row.b_wslot, i)
                 else:
-                    found, gx_BTD = self.form.vjp(weights, given)(gy_BTD)
+                    found, gx_BTD = self.form.vjp(weights, given)((gy_BTD, self.cotangents))
                     found, written = jax.tree.leaves(found), waiting
                 return gx_BTD, self._add(sums, found, place.row + i), written
 
@@ -371,14 +417,16 @@ class _Run:
     @cached_property
     def split(self) -> Split:
         """A layer's backward pass in its two halves."""
+        results = self.x_shape, self.sums_shape
 
         def back(weights: list[jax.Array], rest: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-            *given, gy_BTD = rest
-            found, gx_BTD = self.form.vjp(jax.tree.unflatten(jax.tree.structure(self.layers), weights), given)(gy_BTD)
+            given, cotangents = rest[: len(self.form.kept)], rest[len(self.form.kept) :]
+            vjp = self.form.vjp(jax.tree.unflatten(jax.tree.structure(self.layers), weights), given)
+            found, gx_BTD = vjp(jax.tree.unflatten(jax.tree.structure(results), cotangents))
             return jax.tree.leaves(found), [gx_BTD]
 
         weights = jax.tree.leaves(jax.eval_shape(self.layer_weights, jax.ShapeDtypeStruct((), jnp.int32)))
-        rest = [*self.form.kept, self.x_shape]
+        rest = [*self.form.kept, *jax.tree.leaves(results)]
         cut = halves(back, weights, rest)
         return Split(cut, jax.eval_shape(cut.now, weights, rest)[2])
 

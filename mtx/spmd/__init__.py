@@ -16,7 +16,7 @@ On one device both do nothing but multiply.
 from mtx.spmd.compiled import CompiledActivations, CompiledStorage
 from mtx.spmd.doors import Activations, Compiled, Manual, Params, Precision, Storage, map_weights
 from mtx.spmd.manual import ManualActivations, ManualStorage
-from mtx.spmd.stages import VirtualStage, after, relay, this_stage, to_next_stage, to_stage_before
+from mtx.spmd.stages import VirtualStage, after, all_layers, relay, this_stage, to_next_stage, to_stage_before
 
 __all__ = [
     "Activations",
@@ -31,6 +31,7 @@ __all__ = [
     "Storage",
     "VirtualStage",
     "after",
+    "all_layers",
     "map_weights",
     "relay",
     "this_stage",

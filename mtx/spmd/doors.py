@@ -163,11 +163,12 @@ class Activations(abc.ABC):
 
     @abc.abstractmethod
     def sum_over(self, letters: str, x: jax.Array) -> jax.Array:
-        """The sum of what the ranks hold that split these letters. Not differentiated."""
+        """The sum of what the ranks hold that split these letters; with an arrow, but for those behind it (`BTNH->N`).
+        Not differentiated."""
 
     @abc.abstractmethod
     def max_over(self, letters: str, x: jax.Array) -> jax.Array:
-        """The maximum of what the ranks hold that split these letters. Not differentiated."""
+        """The maximum of the same. Not differentiated."""
 
     @abc.abstractmethod
     def whole(self, letters: str, letter: str, x: jax.Array) -> jax.Array:

@@ -50,6 +50,11 @@ def relay(place: Placement, run: Callable[[jax.Array, tuple[Any, Any]], Any], mo
     return jax.tree.map(lambda x: lax.psum(jnp.where(here == 0, x, jnp.zeros_like(x)), STAGES), moving), own
 
 
+def all_layers(place: Placement, x_R: jax.Array) -> jax.Array:
+    """x_L of all layers in their own order, on every stage, from a value of each of a stage's rows."""
+    return lax.all_gather(x_R, STAGES, tiled=True)[place.row_of_layer]
+
+
 def to_next_stage(x: jax.Array) -> jax.Array:
     """What each stage holds, moved one stage on; the last stage's goes to the first."""
     stages = lax.axis_size(STAGES)
