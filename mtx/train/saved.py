@@ -198,8 +198,11 @@ def warm_start(path: Path, program: Program, corpus: Text, accept_changes: bool)
     return params, found
 
 
-def weights(path: Path, program: Program, step: int | None = None) -> tuple[Found, Any]:
-    """Weights alone, verified. Raises: CheckpointError."""
+def weights(path: Path, program: Program, step: int | None = None, *, evaluated: bool = False) -> tuple[Found, Any]:
+    """Weights alone, verified: those that are trained, or `evaluated` those that evaluation reads.
+
+    Raises: CheckpointError.
+    """
     if path.name.isdigit() and path.parent.name == FOLDER:
         step, path = int(path.name), path.parent.parent
     store = Store(path / FOLDER)
@@ -209,6 +212,8 @@ def weights(path: Path, program: Program, step: int | None = None) -> tuple[Foun
     for skipped, why in found.skipped:
         log.warning("step %d is skipped: %s", skipped, why)
     try:
+        if evaluated and program.has_evaluated:
+            return found, program.evaluated(program.placed(store.restore(found, program.abstract_ordered())))
         params = store.restore(found, {"params": program.abstract_ordered().params})["params"]
         return found, program.placed(params)
     except DigestError as error:
@@ -271,7 +276,7 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
     loader = load_data(dataclasses.replace(config, curriculum=None))  # which rows come first is for who trains
     corpus = loader.corpus
     program = build(config, jax.devices()[:count])
-    found, params = weights(folder, program, step)
+    found, params = weights(folder, program, step, evaluated=True)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
         raise DataError(
             f"the tokenizer of {corpus.source} is not the one that {folder} was trained with, so that its tokens "
