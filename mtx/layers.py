@@ -12,7 +12,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mtx.errors import Problem
-from mtx.layout import Weight
+from mtx.layout import Role, Weight
 from mtx.spmd import Activations
 from mtx.sums import Statistics, Sums
 from pallas_kernels.masks import Mask
@@ -55,18 +55,20 @@ def weight(
     init: initializers.Initializer,
     *,
     meets: str = "BTD",
-    is_matrix: bool = True,
+    role: Role = "matrix",
+    trainable: bool = True,
 ) -> nnx.Param:
-    """Declare a weight, once: its dimensions' letters, its global shape, its initial distribution.
+    """Declare a weight, once: its dimensions' letters, its global shape, its initial distribution, its role.
 
     `meets` are the letters of the activation that it is used with: in an einsum those of the other operand.
     """
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), weight=Weight(dims, shape, is_matrix, meets=meets))
+    declared = Weight(dims, shape, role, trainable, meets=meets)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), weight=declared)
 
 
 def vector(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], value: float, *, meets: str) -> nnx.Param:
     """Declare a gain or a bias: float32, never cast, decayed or split by ZeRO."""
-    return weight(rngs, dims, shape, initializers.constant(value), meets=meets, is_matrix=False)
+    return weight(rngs, dims, shape, initializers.constant(value), meets=meets, role="vector")
 
 
 def dropout(x_BTD: jax.Array, rate: float, context: Context, purpose) -> jax.Array:

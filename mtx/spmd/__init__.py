@@ -14,7 +14,7 @@ On one device both do nothing but multiply.
 """
 
 from mtx.spmd.compiled import CompiledActivations, CompiledStorage
-from mtx.spmd.doors import Activations, Compiled, Manual, Params, Precision, Storage, map_weights
+from mtx.spmd.doors import Activations, Compiled, Manual, Params, Precision, Storage, map_weights, replaced
 from mtx.spmd.manual import ManualActivations, ManualStorage
 from mtx.spmd.stages import VirtualStage, after, all_layers, relay, this_stage, to_next_stage, to_stage_before
 
@@ -34,6 +34,7 @@ __all__ = [
     "all_layers",
     "map_weights",
     "relay",
+    "replaced",
     "this_stage",
     "to_next_stage",
     "to_stage_before",

@@ -21,7 +21,7 @@ class CompiledStorage(Storage):
         return self.gather(w.weight, w[...])
 
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
-        if not weight.is_matrix:
+        if not weight.treatment.cast:
             return value
         return jax.reshard(value.astype(self.compute), self.layout.gathered(weight))
 

@@ -19,7 +19,7 @@ class ManualStorage(Storage):
     """Collectives of weights by hand, inside shard_map. See `Storage`."""
 
     def for_use(self, w: nnx.Variable) -> jax.Array:
-        if self.at_use or not w.weight.is_matrix:
+        if self.at_use or not w.weight.treatment.cast:
             return self.gather(w.weight, w[...])
         return w[...].astype(self.compute)
 
@@ -30,7 +30,7 @@ class ManualStorage(Storage):
         return lax.all_gather(value, STAGES, axis=dim, tiled=True)
 
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
-        if not weight.is_matrix:
+        if not weight.treatment.cast:
             return value
         zero, axes = self.layout.zero_dim(weight), self.layout.axes(ZERO, "weights")
         if zero is None:
