@@ -61,7 +61,7 @@ def weight(
 
     `meets` are the letters of the activation that it is used with: in an einsum those of the other operand.
     """
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), weight=Weight(dims, shape, is_matrix, meets))
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), weight=Weight(dims, shape, is_matrix, meets=meets))
 
 
 def vector(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], value: float, *, meets: str) -> nnx.Param:

@@ -89,13 +89,13 @@ def test_time_of_the_residual_stream(letters: str, time: str | None):
 @pytest.mark.parametrize(
     ("weight", "axes"),
     [
-        (Weight("LH", (3, 16), False, "BTNH"), ("data", "context", "model")),
-        (Weight("LD", (3, 32), False), ("data", "context", "model")),
-        (Weight("LF", (3, 64), False, "BTF"), ("data", "context")),
+        (Weight("LH", (3, 16), meets="BTNH"), ("data", "context", "model")),
+        (Weight("LD", (3, 32)), ("data", "context", "model")),
+        (Weight("LF", (3, 64), meets="BTF"), ("data", "context")),
         (Weight("LDF", (3, 32, 64)), ("data", "context")),
-        (Weight("D", (32,), False), ("data", "context", "model", "pipeline")),
+        (Weight("D", (32,)), ("data", "context", "model", "pipeline")),
         (Weight("VD", (256, 32)), ("data", "context", "pipeline")),
-        (Weight("DQ", (32, 32), True, "BD"), ("data", "pipeline")),
+        (Weight("DQ", (32, 32), meets="BD"), ("data", "pipeline")),
     ],
     ids=lambda x: f"{x.dims} meets {x.meets}" if isinstance(x, Weight) else "",
 )
