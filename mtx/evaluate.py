@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from data import SeqioTask
-from data.batches.objectives.row import Example, examples_row
+from data.batches.objectives.row import Example, Row, examples_row
 from data.sources.seqio_task.metrics import Question, evaluate
 from mtx import config as configs
 from mtx import decode
@@ -102,25 +102,27 @@ class _Model:
 
     def scores(self, questions: Sequence[Question]) -> list[float]:
         """In nats, of the targets and the end behind them. Raises: ValueError for one that is longer than a row."""
-        eval_fn, program = jax.jit(self._run.program.eval_sums), self._run.program
-        shards, length = program.layout.size(*program.layout.batch_axes), self._frame.sequence_length
-        found = []
-        for number, (inputs, targets) in enumerate(questions):
-            before = inputs if len(inputs) else np.array([self._end])
-            tokens = np.concatenate([before, targets, [self._end]]).astype(np.int32)
-            if len(tokens) > length + 1:
-                raise ValueError(
-                    f"example {number} has {len(tokens)} tokens, more than batch.sequence_length={length} can hold."
-                )
-            prefix = self._run.loader.objective.attention == "prefix"
-            row = examples_row([Example(tokens, len(before))], self._frame, prefix=prefix)
+        program, found = self._run.program, []
+        rows = [self._row(number, *question) for number, question in enumerate(questions)]
+        eval_fn, together = jax.jit(program.eval_rows), program.layout.size(*program.layout.batch_axes)
+        for start in range(0, len(rows), together):
 
-            def load(rows: np.ndarray, row=row) -> dict[str, np.ndarray]:
-                arrays = {name: np.broadcast_to(x, (len(rows), *x.shape)).copy() for name, x in row.items()}
-                arrays["weights"][rows > 0] = 0  # one row for each data shard, of which the first counts
-                return arrays
+            def load(numbers: np.ndarray, start: int = start) -> dict[str, np.ndarray]:
+                chosen = [rows[min(start + number, len(rows) - 1)] for number in numbers]  # the last again, unread
+                return {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
 
-            batch = program.place_rows(load, (1, shards, length), program.batch_spec)
+            batch = program.place_rows(load, (1, together, self._frame.sequence_length), program.batch_spec)
             with jax.set_mesh(program.mesh):
-                found.append(-float(eval_fn(self._run.params, batch)["cross_entropy"]))
-        return found
+                found += np.asarray(eval_fn(self._run.params, batch).log_probability)[0].tolist()
+        return found[: len(rows)]
+
+    def _row(self, number: int, inputs: np.ndarray, targets: np.ndarray) -> Row:
+        """A row with one question, of which only the targets and the end are learned. Raises: ValueError."""
+        length, before = self._frame.sequence_length, inputs if len(inputs) else np.array([self._end])
+        tokens = np.concatenate([before, targets, [self._end]]).astype(np.int32)
+        if len(tokens) > length + 1:
+            raise ValueError(
+                f"example {number} has {len(tokens)} tokens, more than batch.sequence_length={length} can hold."
+            )
+        prefix = self._run.loader.objective.attention == "prefix"
+        return examples_row([Example(tokens, len(before))], self._frame, prefix=prefix)

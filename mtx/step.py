@@ -36,7 +36,7 @@ from mtx.spmd import (
     map_weights,
     replaced,
 )
-from mtx.sums import Denominator, Statistics, Sum, Sums, added, both, over_layers, over_ranks, seeds
+from mtx.sums import Denominator, Statistics, Sum, Sums, added, both, over_layers, over_ranks, seeds_of
 from pallas_kernels.masks import Mask, Prefix
 from pallas_kernels.threefry import Words, threefry2x32
 
@@ -275,11 +275,11 @@ class Program:
         row = jnp.arange(M * B, dtype=jnp.uint32).reshape(M, B)
         samples = P(None, *self.layout.activation("B"))
         sample_MB = jax.tree.map(lambda x: self._place(x, samples), state.samples.plus(row))
-        slopes = seeds(self.model.statistics, partial(self.denominator, batch, count))
+        seeds = seeds_of(self.model.statistics, partial(self.denominator, batch, count))
 
-        def run(params: Params, batch: Batch, sample_MB: Counter, seed: jax.Array, count: jax.Array, slopes: Sums):
+        def run(params: Params, batch: Batch, sample_MB: Counter, seed: jax.Array, count: jax.Array, seeds: Sums):
             used, accumulate = self.use(doors, params), self._pipelined if self.stages > 1 else self._accumulate
-            gradients, sums = accumulate(doors, used, batch, sample_MB, seed, count, slopes)
+            gradients, sums = accumulate(doors, used, batch, sample_MB, seed, count, seeds)
             gradients = map_weights(doors.storage.reduce_gradient, self.trained_weights, gradients)
             return gradients, over_ranks(self.statistics, sums, doors)
 
@@ -289,8 +289,8 @@ class Program:
         trained_specs = map_weights(self._stored_spec, self.trained_weights)
         with self.exact():
             run = self.mapped(run, specs, (trained_specs, results))
-            gradients, sums = run(state.params, batch, sample_MB, state.seed, count, slopes)
-        return gradients, sums | {"objective": added(sums["objective"], slopes, sums)}
+            gradients, sums = run(state.params, batch, sample_MB, state.seed, count, seeds)
+        return gradients, sums | {"objective": added(sums["objective"], seeds, sums)}
 
     @property
     def stored_specs(self) -> Params:
@@ -356,7 +356,7 @@ class Program:
             params = map_weights(storage.gather_stages, self.weights, params)
         return params if storage.at_use else map_weights(storage.gather, self.weights, params)
 
-    def _accumulate(self, doors, params, batch: Batch, sample_MB: Counter, seed, count, slopes) -> tuple[Params, Sums]:
+    def _accumulate(self, doors, params, batch: Batch, sample_MB: Counter, seed, count, seeds) -> tuple[Params, Sums]:
         def microbatch(i: jax.Array | int) -> tuple[Params, Sums]:
             part, sample = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), (batch, sample_MB))
             key_B = sequence_keys(seed, sample)
@@ -365,7 +365,7 @@ class Program:
                 all_params = replaced(params, some)
                 h_BTD, sums = self.model.hidden(all_params, part, doors, self.mask, key_B)
                 loss, own = self._loss(doors, all_params["ends"], h_BTD, part)
-                return added(loss, slopes, sums), own | sums
+                return added(loss, seeds, sums), own | sums
 
             some = map_weights(lambda _, x: x, self.trained, params)
             gradients, sums = jax.grad(objective, has_aux=True)(some)
@@ -405,10 +405,10 @@ class Program:
     def stages(self) -> int:
         return self.model.placement.stages
 
-    def _pipelined(self, doors, params, batch: Batch, sample_MB: Counter, seed, count, slopes) -> tuple[Params, Sums]:
+    def _pipelined(self, doors, params, batch: Batch, sample_MB: Counter, seed, count, seeds) -> tuple[Params, Sums]:
         """`_accumulate` over the stages of a pipeline: its microbatches are the step's."""
         feed_M, engine = (batch, sequence_keys(seed, sample_MB)), self._engine(doors, batch.tokens.shape[0], self._loss)
-        gradients, own, sums_R = engine.gradients(params, feed_M, count, slopes)
+        gradients, own, sums_R = engine.gradients(params, feed_M, count, seeds)
         declared, place = self.model.statistics, self.model.placement
         sums_R = {name: all_layers(place, x) if declared[name].per_layer else x for name, x in sums_R.items()}
         return gradients, own | over_layers(declared, sums_R)
@@ -492,8 +492,8 @@ class Program:
         for name, s in self.model.statistics.items():
             assert f"train/{name}" not in metrics, f"a metric has the name of the statistic {name}"
             if not s.per_layer and not s.kept:
-                below = self.denominator(batch, count, s.per) if isinstance(s, Sum) else 1.0
-                metrics[f"train/{name}"] = sums[name] / below
+                denominator = self.denominator(batch, count, s.per) if isinstance(s, Sum) else 1.0
+                metrics[f"train/{name}"] = sums[name] / denominator
         return state, metrics
 
     def updated(self, state: TrainState, gradients: Params, rate: jax.Array) -> tuple[Params, Params]:
@@ -546,16 +546,17 @@ class Program:
             return self.mapped(run, (self.stored_specs, self.batch_spec), P())(params, batch)
 
     def eval_rows(self, params: Params, batch: Batch) -> RowScores:
-        """Scores_MB of each row of a Batch_MBT, which streams through a pipeline."""
+        """Scores_MB of each row of a Batch_MBT, which streams through a pipeline; whole on every device."""
         doors = self.doors()
 
         def run(params: Params, batch: Batch) -> RowScores:
             scores_MB = self._forward(doors, params, batch, self._score)
             return jax.tree.map(lambda x: doors.sum_over("L", x), scores_MB)
 
-        specs = (self.stored_specs, self.batch_spec)
+        rows = P(None, *self.layout.activation("B"))
         with self.exact():
-            return self.mapped(run, specs, P(None, *self.layout.activation("B")))(params, batch)
+            scores_MB = self.mapped(run, (self.stored_specs, self.batch_spec), rows)(params, batch)
+        return jax.tree.map(lambda x: self._place(x, P(None, None)), scores_MB)
 
     def _forward(self, doors: Activations, params: Params, batch: Batch, finish: Callable) -> Any:
         """`finish` of each microbatch, stacked; with several pipeline stages on the last, and zeros on the others."""

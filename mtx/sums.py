@@ -143,7 +143,7 @@ def over_ranks(declared: Statistics, sums: Sums, doors: Activations) -> Sums:
     return found
 
 
-def seeds(declared: Statistics, denominator: Callable[[Denominator], jax.Array]) -> Sums:
+def seeds_of(declared: Statistics, denominator: Callable[[Denominator], jax.Array]) -> Sums:
     """The cotangent of each value that is a part of the objective, which the step divides by the labels' weight."""
     return {
         name: statistic.coefficient * denominator("label") / denominator(statistic.per)

@@ -119,7 +119,7 @@ def test_scores_of_rows(mesh: tuple[int, int, int], words: dict):
     with jax.set_mesh(p.mesh):
         found = jax.jit(p.eval_rows)(toys.state_of(p, tied_weights()).params, toys.place(p, arrays, 4))
     for name, scores in found._asdict().items():
-        assert scores.shape == (4, 4)
+        assert scores.shape == (4, 4) and scores.is_fully_replicated
         toys.check_copies(name, scores)
         np.testing.assert_allclose(np.asarray(scores).reshape(-1), wanted[name], rtol=1e-5, err_msg=name)
 
