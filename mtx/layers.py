@@ -12,7 +12,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mtx.errors import Problem
-from mtx.layout import Weight
+from mtx.layout import Role, Weight
 from mtx.spmd import Doors
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words, keep_mask, threefry2x32
@@ -48,15 +48,21 @@ class Context:
 
 
 def weight(
-    rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], init: initializers.Initializer, *, is_matrix: bool = True
+    rngs: nnx.Rngs,
+    dims: str,
+    shape: tuple[int, ...],
+    init: initializers.Initializer,
+    *,
+    role: Role = "matrix",
+    trainable: bool = True,
 ) -> nnx.Param:
-    """Declare a weight, once: its dimensions' letters, its global shape, its initial distribution."""
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), weight=Weight(dims, shape, is_matrix))
+    """Declare a weight, once: its dimensions' letters, its global shape, its initial distribution, its role."""
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), weight=Weight(dims, shape, role, trainable))
 
 
 def vector(rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     """A gain or a bias: float32, never cast, decayed or split by ZeRO."""
-    return weight(rngs, dims, shape, initializers.constant(value), is_matrix=False)
+    return weight(rngs, dims, shape, initializers.constant(value), role="vector")
 
 
 def dropout(x_BTD: jax.Array, rate: float, context: Context, purpose) -> jax.Array:

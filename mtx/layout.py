@@ -7,7 +7,7 @@ every `PartitionSpec` and refuses conflicts and indivisible dimensions by name.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -20,6 +20,9 @@ from mtx.mesh import AXES, BATCH_AXES
 
 Axes = tuple[str, ...]
 Column = Literal["weights", "gradients", "optimizer", "activations"]
+Role = Literal["embedding", "head", "matrix", "vector", "router", "adapter"]
+"""What a weight is for: a table that tokens look up, the output projection, any other projection, a gain or a bias, the
+projection that chooses experts, a small trained addition to a projection."""
 
 ZERO = "zero"
 """Stands for a weight's ZeRO dimension: the largest that divides and is not minor-most."""
@@ -147,19 +150,61 @@ def megatron(zero: int, sequence_parallel: bool, shard_vocabulary: bool = True) 
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Treatment:
+    """How the trainer treats the weights of one role."""
+
+    decays: bool = True
+    """Whether weight decay applies to them."""
+    reduced: bool = True
+    """Whether they are stored in `precision.params`; else in float32."""
+    cast: bool = True
+    """Whether they are used in `precision.compute`; else as they are stored."""
+    zero: bool = True
+    """Whether ZeRO splits them over `data`. What it splits is cast, so that gathers move the compute dtype."""
+    multiplied: bool = True
+    """Whether each token is multiplied with them, which counts as model FLOPs."""
+
+    def __post_init__(self):
+        assert self.cast or not self.zero, self
+
+
+TREATMENTS: Mapping[Role, Treatment] = {
+    "embedding": Treatment(multiplied=False),
+    "head": Treatment(),
+    "matrix": Treatment(),
+    "vector": Treatment(decays=False, reduced=False, cast=False, zero=False, multiplied=False),
+    "router": Treatment(reduced=False, cast=False, zero=False),  # bfloat16 would choose other experts
+    "adapter": Treatment(reduced=False),
+}
+
+
 @dataclass(frozen=True)
 class Weight:
-    """What a weight declares: a letter per dimension, the global shape, and whether it is a matrix.
+    """What a weight declares: a letter per dimension, the global shape, its role, and whether it is trained.
 
-    Weight decay, ZeRO and the compute dtype are for matrices; gains and biases stay whole, in float32.
+    The arrays of an optimizer's state are declared in the same way.
     """
 
     dims: str
     shape: tuple[int, ...]
-    is_matrix: bool = True
+    role: Role = "matrix"
+    trainable: bool = True
+    """False: no gradient of it is computed, no optimizer state kept, and it never changes."""
+    of: "Weight | None" = None
+    """The weight that this array is a part of the optimizer's state of; ZeRO splits both alike."""
 
     def __post_init__(self):
         assert len(self.dims) == len(self.shape), self
+
+    @property
+    def treatment(self) -> Treatment:
+        return TREATMENTS[self.role]
+
+    @property
+    def layer(self) -> "Weight":
+        """The declaration of one layer of a stacked weight; of any other, itself."""
+        return replace(self, dims=self.dims[self.layers :], shape=self.shape[self.layers :])
 
     @property
     def layers(self) -> int:
@@ -267,11 +312,15 @@ class BoundLayout:
         """Index in `weight.dims` of the dimension that ZeRO splits; None if the weight stays whole.
 
         The largest that divides and is not minor-most (TPUs scatter a minor-most one badly); the
-        minor-most if only that divides. Gains and biases stay whole.
+        minor-most if only that divides. Of an optimizer's state: the weight's own, if that is there and divides.
         """
         data = self.size(*self.axes(ZERO, "weights"))
-        if data == 1 or not weight.is_matrix:
+        if data == 1 or not weight.treatment.zero:
             return None
+        if weight.of is not None:
+            letter = None if (i := self.zero_dim(weight.of)) is None else weight.of.dims[i]
+            there = [i for i, own in enumerate(weight.dims) if own == letter and self._local(weight, i) % data == 0]
+            return there[0] if there else None
         last = len(weight.dims) - 1
         local = [self._local(weight, i) for i in range(len(weight.dims))]
         able = [i for i in range(weight.layers, last + 1) if local[i] % data == 0]

@@ -5,7 +5,7 @@ dict of arrays. Layers are one module with a leading L on every weight, run by `
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -31,7 +31,7 @@ from mtx.layers import (
     vector,
     weight,
 )
-from mtx.layout import Placement, Weight
+from mtx.layout import Placement
 from mtx.spmd import Doors, Params, relay, this_stage
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words
@@ -134,18 +134,18 @@ class Ends(nnx.Module):
     def __init__(self, config: Transformer, rngs: nnx.Rngs):
         V, D, init = config.padded_vocab, config.width, initializers.normal(config.init_std)
         self.config = config
-        self.token_VD = weight(rngs, "VD", (V, D), init)
+        self.token_VD = weight(rngs, "VD", (V, D), init, role="embedding")
         if isinstance(config.positions, Learned):
-            self.position_CD = weight(rngs, "CD", (config.positions.length, D), init)
+            self.position_CD = weight(rngs, "CD", (config.positions.length, D), init, role="embedding")
         if config.pairs:
-            self.type_CD = weight(rngs, "CD", (2, D), init)
+            self.type_CD = weight(rngs, "CD", (2, D), init, role="embedding")
             self.pool_DQ = weight(rngs, "DQ", (D, D), init)
             self.pool_bias_Q = vector(rngs, "Q", (D,), 0.0)
             self.answer_QA = weight(rngs, "QA", (D, 2), init)
             self.answer_bias_A = vector(rngs, "A", (2,), 0.0)
         self.norm = config.norm.build(D, rngs)
         if not config.tied_head:
-            self.head_VD = weight(rngs, "VD", (V, D), init)
+            self.head_VD = weight(rngs, "VD", (V, D), init, role="head")
 
     def embed(self, token_BT: jax.Array, context: Context) -> jax.Array:
         x_BTD = context.doors.embed(token_BT, self.token_VD)
@@ -358,26 +358,30 @@ def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _map(f, tree: Params) -> Params:
-    return {name: _map(f, value) if isinstance(value, dict) else f(value) for name, value in tree.items()}
-
-
-def _declarations(state: nnx.State) -> Params:
-    return _unflatten({path: variable.get_metadata()["weight"] for path, variable in nnx.to_flat_state(state)})
-
-
-def _arrays(module: nnx.Module) -> Params:
-    return nnx.to_pure_dict(nnx.split(module)[1])
-
-
-def _unflatten(flat: dict[tuple, Weight]) -> Params:
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten`."""
     tree: Params = {}
-    for (*folders, name), value in flat.items():
+    for path, value in flat.items():
+        *folders, name = path.split("/")
         node = tree
         for folder in folders:
             node = node.setdefault(folder, {})
         node[name] = value
     return tree
+
+
+def _map(f, tree: Params) -> Params:
+    return {name: _map(f, value) if isinstance(value, dict) else f(value) for name, value in tree.items()}
+
+
+def _declarations(state: nnx.State) -> Params:
+    return unflatten(
+        {"/".join(map(str, path)): variable.get_metadata()["weight"] for path, variable in nnx.to_flat_state(state)}
+    )
+
+
+def _arrays(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.split(module)[1])
 
 
 def _merge(split: tuple, params: Params):

@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec as P
 from mtx.layers import Context
 from mtx.layout import BoundLayout, Weight
 from mtx.losses import CrossEntropy, cross_entropy, pair_loss
-from mtx.model import Batch, Model
-from mtx.optim import Counter, Optimizer, Progress
+from mtx.model import Batch, Model, flatten
+from mtx.optim import Counter, Given, Now, Optimizer, Progress, Rule, Trained, each_whole, trained, update
 from mtx.pipeline import Engine, Interleaved, OneFOneB, Parts, Schedule, to_order, to_rows
-from mtx.spmd import Compiled, CompiledDoors, Doors, Manual, ManualDoors, Params, map_weights
+from mtx.spmd import Compiled, CompiledDoors, Doors, Manual, ManualDoors, Params, map_weights, replaced
 from pallas_kernels.masks import Mask, Prefix
 from pallas_kernels.threefry import Words, threefry2x32
 
@@ -36,8 +36,8 @@ class TrainState:
 
     step: jax.Array
     params: Params
-    moments: Any
-    """optax's state, a tree of arrays."""
+    moments: Params
+    """The optimizer's state: of each weight that is trained, arrays by name."""
     samples: Counter
     tokens: Counter
     skipped: jax.Array
@@ -71,6 +71,21 @@ class Program:
     def weights(self) -> Params:
         return self.model.weights
 
+    @cached_property
+    def trained(self) -> Params:
+        """How each weight that the optimizer changes is trained, as a nested dict of `Trained`."""
+        return trained(self.optimizer, self.weights)
+
+    @cached_property
+    def trained_weights(self) -> Params:
+        """Their declarations: of gradients, too."""
+        return map_weights(lambda t: t.weight, self.trained)
+
+    @property
+    def frozen(self) -> set[str]:
+        """Names of the other weights."""
+        return flatten(self.weights).keys() - flatten(self.trained).keys()
+
     def shardings(self, column) -> Params:
         return map_weights(lambda w: self.sharding(self.layout.spec(w, column)), self.weights)
 
@@ -88,33 +103,21 @@ class Program:
 
     @cached_property
     def state_shardings(self) -> TrainState:
-        """Where each array of the state lives, moments like their weights."""
-        whole = self.sharding(P())
+        """Where each array of the state lives."""
         shape = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.uint32))
-        optimizer = self.shardings("optimizer")
-        moments = optax.tree_map_params(
-            self.transformation,  # pyrefly: ignore[bad-argument-type]: optax accepts one, its annotation does not
-            lambda _, s: s,
-            shape.moments,
-            optimizer,
-            transform_non_params=lambda _: whole,
-        )
-        rest = jax.tree.map(lambda _: whole, shape)
+        rest = jax.tree.map(lambda _: self.sharding(P()), shape)
+        moments = self._each_moment(lambda w, _: self.sharding(self.layout.spec(w, "optimizer")), shape.moments)
         return dataclasses.replace(rest, params=self.shardings("weights"), moments=moments)
 
     # State.
-
-    @property
-    def transformation(self) -> optax.GradientTransformation:
-        return self.optimizer.build(map_weights(lambda w: w.is_matrix, self.weights))
 
     def _init(self, seed: jax.Array) -> TrainState:
         params = self.model.init(jax.random.fold_in(jax.random.key(seed), 0))
         zero = jnp.zeros((), jnp.uint32)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=map_weights(lambda w, x: x.astype(self.stored) if w.is_matrix else x, self.weights, params),
-            moments=self.transformation.init(params),
+            params=map_weights(lambda w, x: x.astype(self.stored) if w.treatment.reduced else x, self.weights, params),
+            moments=map_weights(Trained.start, self.trained, params),
             samples=Counter(zero, zero),
             tokens=Counter(zero, zero),
             skipped=zero,
@@ -182,13 +185,15 @@ class Program:
         """f(weight, x) of every x of a state, or of params alone, that is a weight or has a weight's shape."""
         if not isinstance(state, TrainState):
             return map_weights(f, self.weights, state)
-        moments = optax.tree_map_params(
-            self.transformation,  # pyrefly: ignore[bad-argument-type]: as above
-            lambda x, weight: f(weight, x),
-            state.moments,
-            self.weights,
+        return dataclasses.replace(
+            state, params=map_weights(f, self.weights, state.params), moments=self._each_moment(f, state.moments)
         )
-        return dataclasses.replace(state, params=map_weights(f, self.weights, state.params), moments=moments)
+
+    def _each_moment(self, f: Callable, moments: Params) -> Params:
+        """f(declaration, x) of every array of the optimizer's state."""
+        return map_weights(
+            lambda t, arrays: {name: f(t.leaves[name][0], x) for name, x in arrays.items()}, self.trained, moments
+        )
 
     def abstract_batch(self, microbatches: int, rows: int, time: int) -> Batch:
         """A Batch_MBT's shapes and shardings; `rows` is B, over all batch shards."""
@@ -230,8 +235,8 @@ class Program:
         return contextlib.nullcontext()
 
     def gradients(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[Params, jax.Array]:
-        """Sums over the first `count` microbatches: gradients_f32, stored as the weights are, and
-        (objective, cross entropy, label weight) in float32."""
+        """Sums over the first `count` microbatches: gradients_f32 of the weights that are trained, stored as they are,
+        and (objective, cross entropy, label weight) in float32."""
         doors = self.doors()
         M, B, _ = batch.tokens.shape
         row = jnp.arange(M * B, dtype=jnp.uint32).reshape(M, B)
@@ -243,13 +248,16 @@ class Program:
             return self._reduce(doors, *accumulate(doors, used, batch, sample_MB, seed, count))
 
         specs = (self.stored_specs, self.batch_spec, samples, P(), P())
-        run = self.mapped(run, specs, (self.stored_specs, P()))
+        run = self.mapped(run, specs, (map_weights(self._stored_spec, self.trained_weights), P()))
         with self.exact():
             return run(state.params, batch, sample_MB, state.seed, count)
 
     @property
     def stored_specs(self) -> Params:
-        return map_weights(lambda w: self.layout.spec(w, "weights"), self.weights)
+        return map_weights(self._stored_spec, self.weights)
+
+    def _stored_spec(self, weight: Weight) -> P:
+        return self.layout.spec(weight, "weights")
 
     def mapped(self, run: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`run` inside the Manual region, where there is one."""
@@ -312,12 +320,13 @@ class Program:
             part, sample = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), (batch, sample_MB))
             key_B = sequence_keys(seed, sample)
 
-            def objective(params: Params) -> tuple[jax.Array, jax.Array]:
-                sums = self._sums(doors, params, part, key_B)
+            def objective(some: Params) -> tuple[jax.Array, jax.Array]:
+                sums = self._sums(doors, replaced(params, some), part, key_B)
                 return sums[0], sums
 
-            gradients, sums = jax.grad(objective, has_aux=True)(params)
-            gradients = map_weights(doors.scatter_microbatch, self.weights, gradients)
+            some = map_weights(lambda _, x: x, self.trained, params)
+            gradients, sums = jax.grad(objective, has_aux=True)(some)
+            gradients = map_weights(doors.scatter_microbatch, self.trained_weights, gradients)
             return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
         if batch.tokens.shape[0] == 1:
@@ -341,7 +350,7 @@ class Program:
         return jnp.stack([objective, nll, jnp.sum(batch.weights)])
 
     def _reduce(self, doors: Doors, gradients: Params, sums: jax.Array) -> tuple[Params, jax.Array]:
-        return map_weights(doors.reduce_gradient, self.weights, gradients), doors.sum_over("B", sums)
+        return map_weights(doors.reduce_gradient, self.trained_weights, gradients), doors.sum_over("B", sums)
 
     # Pipelines.
 
@@ -374,7 +383,7 @@ class Program:
             ),
             placement=model.placement,
             table=schedule.table(self.stages, microbatches, keeps=forward or config.remat != "stage"),
-            weights=self.weights,
+            weights={"ends": {}, "layers": {}} | self.trained_weights,
             scatter=doors.scatter_microbatch,
             unroll=config.unroll,
         )
@@ -407,16 +416,16 @@ class Program:
             steps.astype(jnp.float32), samples.as_float(), tokens.as_float(), steps.astype(jnp.float32) / self.steps
         )
         rate = self.optimizer.schedule.rate(progress)
-        updates, moments = self.transformation.update(gradients, state.moments, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        old = map_weights(lambda _, x: x, self.trained, state.params), state.moments
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(finite, new, old).astype(old.dtype)
 
+        params, moments = jax.tree.map(keep, self._updated(state, gradients, rate), old)
         state = TrainState(
             step=steps,
-            params=jax.tree.map(keep, params, state.params),
-            moments=jax.tree.map(keep, moments, state.moments),
+            params=replaced(state.params, params),
+            moments=moments,
             samples=samples,
             tokens=tokens,
             skipped=state.skipped + (~finite).astype(jnp.uint32),
@@ -430,10 +439,38 @@ class Program:
         }
         return state, metrics
 
+    def _updated(self, state: TrainState, gradients: Params, rate: jax.Array) -> tuple[Params, Params]:
+        """New values of the weights that are trained, and the optimizer's new state."""
+        updates, place = state.step - state.skipped.astype(jnp.int32), self.model.placement
+
+        def given(t: Trained, g: jax.Array, x: jax.Array, old: dict[str, jax.Array]) -> Given:
+            whole = partial(each_whole, self.mesh, self.layout, place, t.weight)
+            return Given(t.weight.layer, Now(updates, rate * t.rate, t.decay, whole), g, x, old)
+
+        each = map_weights(given, self.trained, gradients, state.params, state.moments)
+        with self.exact():
+            return update(place, flatten(self.trained), flatten(each))
+
     def compile_train_step(self):
         """`train_step` jitted, its state donated; call it under `jax.set_mesh(mesh)`."""
         out = (self.state_shardings, None)
         return jax.jit(self.train_step, donate_argnums=0, out_shardings=out)
+
+    def evaluated(self, state: TrainState) -> Params:
+        """The weights that evaluation and generation read: the state's own, unless a rule says otherwise."""
+        return self._evaluate_rules(state.params, state.moments) if self.has_evaluated else state.params
+
+    @property
+    def has_evaluated(self) -> bool:
+        """Whether evaluation reads other weights than training."""
+        return any(type(t.rule).evaluated is not Rule.evaluated for t in flatten(self.trained).values())
+
+    @cached_property
+    def _evaluate_rules(self) -> Callable[[Params, Params], Params]:
+        def run(params: Params, moments: Params) -> Params:
+            return replaced(params, map_weights(Trained.evaluated, self.trained, params, moments))
+
+        return jax.jit(run, out_shardings=self.shardings("weights"))
 
     def eval_sums(self, params: Params, batch: Batch) -> jax.Array:
         """(cross entropy in nats, label weight), each summed over a Batch_MBT, which streams through a pipeline."""

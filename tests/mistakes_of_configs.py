@@ -559,6 +559,20 @@ OVERRIDE_MISTAKES = [mistake for group in MISTAKES.values() for mistake in group
 
 # In the file: ((old text, new text), hint). The last ones are of Layout and Row.
 FILE_MISTAKES = [
+    (("b2=0.98", "groups=(Group(rate=0.0),)"), "optimizer.groups[0].rate=0.0 must be positive; frozen=True is what"),
+    (("b2=0.98", "groups=(Group(weight_decay=-1.0),)"), "optimizer.groups[0].weight_decay=-1.0 must not be negative."),
+    (("b2=0.98", "groups=(Group(frozen=True, rate=2.0),)"), "optimizer.groups[0].frozen=true leaves rate and weight_d"),
+    (("b2=0.98", "groups=(Group(roles=('matrixes',)),)"), "optimizer.groups[0].roles=('matrixes',) must be a tuple of"),
+    (("b2=0.98", "groups=()"), "optimizer.groups has no group for ends/norm/bias_D (vector); end with Group() for all"),
+    (
+        ("b2=0.98", "groups=(Group(roles=('head',)), Group())"),
+        "optimizer.groups[0] (roles=head) matches no weight; there are the roles embedding, matrix, vector, and names",
+    ),
+    (
+        ("b2=0.98", "groups=(Group(), Group(names='ends/*'))"),
+        "optimizer.groups[1] (names=ends/*) is left without a weight: group 0 has ends/norm/bias_D before it; move it",
+    ),
+    (("b2=0.98", "groups=(Group(frozen=True),)"), "optimizer.groups freezes every weight; leave one to train."),
     (("layers=2", "layers='2'"), "model.layers='2' must be an int."),
     (("layers=2", "layers=True"), "model.layers=True must be an int."),
     (

@@ -75,9 +75,9 @@ class Census:
         self.rows = hlo.census(program.as_text(), dict(self.program.mesh.shape), trips=M)
         self.wire = 4 if backend == "cpu" else 2
         weights = flatten(self.program.weights)
-        self.layers = sum(size(w) for name, w in weights.items() if w.is_matrix and name.startswith("layers/"))
-        self.ends = sum(size(w) for name, w in weights.items() if w.is_matrix and name.startswith("ends/"))
-        self.vectors = sum(size(w) for w in weights.values() if not w.is_matrix)
+        self.layers = sum(size(w) for name, w in weights.items() if w.role != "vector" and name.startswith("layers/"))
+        self.ends = sum(size(w) for name, w in weights.items() if w.role != "vector" and name.startswith("ends/"))
+        self.vectors = sum(size(w) for w in weights.values() if w.role == "vector")
 
     def bytes(self, kind: str, axis: str) -> int:
         return sum(row.bytes for row in self.rows if row.kind == kind and axis in row.axes)
@@ -250,8 +250,8 @@ def check_memory(zero: int) -> None:
     p = toys.program(WEIGHTY, (1, 8, 1), zero=zero, optimizer=AdamW(), documents=False, loss=loss)
     m = p.lower_train_step(2, 8, 8).compile().memory_analysis()
     weights = flatten(p.weights).values()
-    psi = 4 * sum(size(w) for w in weights if w.is_matrix)
-    vectors = 4 * sum(size(w) for w in weights if not w.is_matrix)
+    psi = 4 * sum(size(w) for w in weights if w.role != "vector")
+    vectors = 4 * sum(size(w) for w in weights if w.role == "vector")
     largest, layer, shard = 4 * max(size(w) for w in weights), psi / WEIGHTY.layers, psi / 8
     batch = 2 * 8 * 5 * 4
     assert abs(m.argument_size_in_bytes - 3 * (psi if zero == 0 else shard) - 3 * vectors - batch) <= SCALARS

@@ -177,7 +177,8 @@ STEP_CASES = [
 
 
 @functools.cache
-def three_steps(case: Case | None, model: str, dropout: bool, optimizer: str) -> tuple[dict, list[dict]]:
+def three_steps(case: Case | None, model: str, dropout: bool, optimizer: str) -> tuple[tuple[dict, dict], list[dict]]:
+    """(weights, optimizer state), metrics of each step."""
     kw = {"optimizer": STEPS[optimizer][0]}
     p = case.program(**kw) if case else toys.program(toys.dropped(MODELS[model], 0.2 if dropout else 0.0), **kw)
     count = case.accumulate if case else 1
@@ -188,7 +189,7 @@ def three_steps(case: Case | None, model: str, dropout: bool, optimizer: str) ->
             state, metrics = step(state, toys.place(p, toys.batch(seed=seed), count), np.int32(count))
             rows.append(jax.device_get(metrics))
     assert step._cache_size() == 1
-    return jax.tree.map(np.asarray, state.params), rows
+    return jax.tree.map(np.asarray, (state.params, state.moments)), rows
 
 
 STEP_DEFAULT = [(STEP_CASES[i], name) for i, name in ((0, "sgd"), (1, "adamw"), (2, "sgd"), (5, "adamw"))]
@@ -203,27 +204,28 @@ STEP_DEFAULT = [(STEP_CASES[i], name) for i, name in ((0, "sgd"), (1, "adamw"), 
     ],
 )
 def test_three_steps(case: Case, optimizer: str):
-    found, rows = three_steps(case, case.model, case.dropout, optimizer)
-    wanted, wanted_rows = three_steps(None, case.model, case.dropout, optimizer)
+    both, rows = three_steps(case, case.model, case.dropout, optimizer)
+    wanted_both, wanted_rows = three_steps(None, case.model, case.dropout, optimizer)
     for row, wanted_row in zip(rows, wanted_rows, strict=True):
         for name, value in wanted_row.items():
             np.testing.assert_allclose(row[name], value, rtol=2e-5, err_msg=name)
-    if optimizer == "adamw":
-        found, wanted = without_noise(case, found), without_noise(case, wanted)
-    toys.check_close(found, wanted, STEPS[optimizer][1])
+    for found, wanted in zip(both, wanted_both, strict=True):
+        if optimizer == "adamw":
+            found, wanted = without_noise(case, found), without_noise(case, wanted)
+        toys.check_close(found, wanted, STEPS[optimizer][1])
 
 
-def without_noise(case: Case, params: dict) -> dict:
-    """AdamW divides by the gradient's size: a tensor whose true gradient is zero (GPT-2's key bias) moves by
-    rounding alone."""
+def without_noise(case: Case, arrays: dict) -> dict:
+    """Weights or moments without those that rounding alone moves: AdamW divides by the gradient's size, and some have
+    a true gradient of zero (GPT-2's key bias)."""
     gradients, _ = reference(case.model, case.dropout)
     total = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(gradients).values()))
     keep = {name for name, g in flatten(gradients).items() if np.linalg.norm(g) > 1e-4 * total}
-    params = {name: value for name, value in flatten(params).items() if name in keep}
-    for name in ("layers/attention/bias_KGH",):
-        if name in params:
-            params[name] = np.delete(params[name], -2, axis=2)  # queries and values; not keys
-    return params
+    kept = {name: x for name, x in flatten(arrays).items() if name in keep or name.rpartition("/")[0] in keep}
+    return {
+        name: np.delete(x, -2, axis=2) if "attention/bias_KGH" in name else x  # queries and values; not keys
+        for name, x in kept.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -234,16 +236,14 @@ def without_noise(case: Case, params: dict) -> dict:
 def test_initial_weights(mesh: tuple[int, int, int]):
     p = toys.program(toys.GPT, mesh, zero=3 if mesh[1] > 1 else 0, optimizer=AdamW())
     found, wanted = p.init(7), toys.program(toys.GPT).init(7)
+    moments = flatten(found.moments)
     for (name, x), y in zip(flatten(found.params).items(), flatten(wanted.params).values(), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-6, err_msg=name)
         assert x.sharding == flatten(p.shardings("weights"))[name]
-    state = jax.tree.leaves(found.moments, is_leaf=lambda x: isinstance(x, dict))
-    moments = [flatten(tree) for tree in state if isinstance(tree, dict)]
-    assert len(moments) == 2, "AdamW has two for each weight"
-    for moment in moments:
-        assert {name: x.shape for name, x in moment.items()} == {n: w.shape for n, w in flatten(p.weights).items()}
-        assert {name: x.sharding for name, x in moment.items()} == flatten(p.shardings("optimizer"))
-        assert not any(np.asarray(x).any() for x in moment.values())
+        for moment in (moments.pop(f"{name}/mu"), moments.pop(f"{name}/nu")):
+            assert (moment.shape, moment.sharding) == (x.shape, x.sharding), name
+            assert not np.asarray(moment).any(), name
+    assert not moments
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)

@@ -54,7 +54,7 @@ def test_zero_dimension(dims: str, shape: tuple[int, ...], model: int, spec: P):
 
 
 def test_gains_and_biases_stay_whole():
-    assert bound(Layout(zero=3), data=2).spec(Weight("LD", (2, 32), is_matrix=False), "weights") == P(None, None)
+    assert bound(Layout(zero=3), data=2).spec(Weight("LD", (2, 32), role="vector"), "weights") == P(None, None)
 
 
 @pytest.mark.parametrize(("zero", "columns"), [(0, ""), (1, "wo"), (2, "wgo"), (3, "wgo")])

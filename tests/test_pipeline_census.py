@@ -53,10 +53,10 @@ class Pipeline:
         self.wire = 4 if backend == "cpu" else 2
         self.table = schedule.table(STAGES, microbatches, keeps=remat != "stage")
         weights = flatten(self.program.weights)
-        self.layers = sum(size(w) for w in weights.values() if w.layers and w.is_matrix) // STAGES // tensor
+        self.layers = sum(size(w) for w in weights.values() if w.layers and w.role != "vector") // STAGES // tensor
         self.vocabulary = sum(size(w) for w in weights.values() if "V" in w.dims) // tensor
-        self.vectors = sum(size(w) for w in weights.values() if w.layers and not w.is_matrix) // STAGES
-        self.ends = sum(size(w) for w in weights.values() if not w.layers and not w.is_matrix)
+        self.vectors = sum(size(w) for w in weights.values() if w.layers and w.role == "vector") // STAGES
+        self.ends = sum(size(w) for w in weights.values() if not w.layers and w.role == "vector")
 
     @functools.cached_property
     def rows(self) -> list[hlo.Row]:

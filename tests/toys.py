@@ -17,9 +17,9 @@ from mtx.layout import BoundLayout, Layout, Placement, Row
 from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
 from mtx.model import Batch, Model, Transformer, flatten
-from mtx.optim import Counter, Optimizer, Sgd
+from mtx.optim import Counter, Optimizer, Sgd, Trained
 from mtx.pipeline import OneFOneB, Schedule
-from mtx.spmd import Compiled, Manual
+from mtx.spmd import Compiled, Manual, map_weights
 from mtx.step import Program, TrainState
 from pallas_kernels.patterns import LocalGlobal
 
@@ -158,7 +158,9 @@ def state_of(p: Program, params: dict) -> TrainState:
     whole = p.sharding(jax.P())
     placed = jax.tree.map(jax.device_put, rows_of(p, params), p.shardings("weights"))
     with jax.set_mesh(p.mesh):
-        moments = jax.jit(p.transformation.init, out_shardings=p.state_shardings.moments)(placed)
+        moments = jax.jit(lambda x: map_weights(Trained.start, p.trained, x), out_shardings=p.state_shardings.moments)(
+            placed
+        )
 
     def zero(dtype=np.uint32) -> jax.Array:  # never one array in two places: the step donates them
         return jax.device_put(dtype(0), whole)

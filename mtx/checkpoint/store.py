@@ -304,7 +304,8 @@ class Store:
                 wrong.append(f"{name} is {a.dtype} in the checkpoint, {b.dtype} in the model (nothing is cast)")
         if wrong:
             more = f"\nand {len(wrong) - 8} more." if len(wrong) > 8 else ""
-            lines = "\n".join(f"{line}." for line in sorted(wrong)[:8])
+            weights_first = sorted(wrong, key=lambda line: (not line.startswith(WEIGHTS), line))
+            lines = "\n".join(f"{line}." for line in weights_first[:8])
             raise CheckpointError(f"step {manifest.step} of {self.folder} does not fit the config:\n{lines}{more}")
 
     def quarantine(self, steps: Sequence[tuple[int, str]]) -> None:

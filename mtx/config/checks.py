@@ -16,6 +16,8 @@ from mtx.layers import Learned
 from mtx.layout import LAYER, RESIDUAL_TIME, STAGES, BoundLayout
 from mtx.mesh import MeshConfig, batch_shards
 from mtx.mesh import sizes as mesh_sizes
+from mtx.model import Model, flatten
+from mtx.optim import grouped
 from mtx.spmd import Compiled
 from pallas_kernels.attention import Chip
 
@@ -170,6 +172,16 @@ def _batch(case: _Case) -> Iterator[str]:
                 f"batch.micro_size={batch.micro_size} does not divide the {each} sequences of a data shard "
                 f"(batch.global_size={batch.global_size} over {mesh}={shards}); legal: {legal}."
             )
+
+
+def _groups(case: _Case) -> Iterator[str]:
+    """Groups that match no weight, and weights that no group matches."""
+    if (groups := case.config.optimizer.groups) is None:
+        return
+    try:
+        grouped(groups, flatten(Model(case.config.model).weights))
+    except ConfigError as error:
+        yield str(error)
 
 
 def _time(case: _Case) -> Iterator[str]:
@@ -382,6 +394,7 @@ _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...]
     (("objective", "packing", "curriculum", "batch", "length_warmup"), _rows),
     (("data", "model", "objective", "batch"), _vocabulary),
     (("model", "mesh", "layout"), _tensor_parallel),
+    (("model", "optimizer"), _groups),
     (("model", "objective", "packing", "precision", "batch"), _backend),
 )
 """Checks across dataclasses, each with the fields that must be right for it to make sense."""

@@ -1,27 +1,26 @@
 """Model FLOPs of a trained token. One convention, named once."""
 
 import math
+from collections.abc import Collection
 
 from mtx.model import Model, flatten
 
 CONVENTION = "model FLOPs of PaLM, appendix B: 6 per matmul weight and token, 12 LTNH of attention, causal not halved"
 """What MFU and TFLOP/s mean here, for banners and logs."""
 
-_LOOKUPS = ("ends/token_VD", "ends/position_CD")
 
-
-def flops_per_token(model: Model, sequence_length: int) -> float:
+def flops_per_token(model: Model, sequence_length: int, frozen: Collection[str] = ()) -> float:
     """Model FLOPs of one trained token, forward and backward (Chowdhery et al. 2022, appendix B).
 
-    6 per element of every matmul weight: 2 forward, 4 backward. The head counts once, tied or not, and over the
-    padded vocabulary; embedding lookups, norms and biases count nothing. Attention adds 12 L T N H: queries with
-    keys, and probabilities with values, over all T keys. A causal mask does not halve it, remat adds nothing.
+    6 per element of every weight that tokens are multiplied with: 2 forward, 4 backward, or 2 if its name is in
+    `frozen`, for lack of a gradient. The head counts once, tied or not, and over the padded vocabulary; embedding
+    lookups, norms and biases count nothing. Attention adds 12 L T N H: queries with keys, and probabilities with
+    values, over all T keys. A causal mask does not halve it, remat adds nothing.
     """
     config = model.config
     weights = flatten(model.ordered_weights)
-    counted = [w for path, w in weights.items() if w.is_matrix and path not in _LOOKUPS]
-    matmul = sum(math.prod(w.shape) for w in counted)
-    if config.tied_head:
-        matmul += math.prod(weights["ends/token_VD"].shape)
+    head = "ends/token_VD" if config.tied_head else None
+    counted = {name: math.prod(w.shape) for name, w in weights.items() if w.treatment.multiplied or name == head}
+    matmul = sum((4.0 if name in frozen else 6.0) * size for name, size in counted.items())
     attention = config.layers * sequence_length * config.attention.heads * config.head_size
-    return 6.0 * matmul + 12.0 * attention
+    return matmul + 12.0 * attention

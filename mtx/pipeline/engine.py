@@ -10,7 +10,7 @@ permutes talk, in every tick.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from mtx.layout import STAGES, Placement, Weight
 from mtx.pipeline.residuals import Form, Split, Used, used, zeros_of
 from mtx.pipeline.schedules import NOTHING, Row, Table
 from mtx.pipeline.split import halves
-from mtx.spmd import Params, VirtualStage, after, map_weights, this_stage, to_next_stage, to_stage_before
+from mtx.spmd import Params, VirtualStage, after, map_weights, replaced, this_stage, to_next_stage, to_stage_before
 
 Feed = Any
 """What the model reads of a microbatch, besides activations: a tree of arrays."""
@@ -67,7 +67,7 @@ class Engine:
     placement: Placement
     table: Table
     weights: Params
-    """The declarations: `ends` and stacked `layers`."""
+    """Declarations of the weights that are trained: `ends` and stacked `layers`."""
     scatter: Callable[[Weight, jax.Array], jax.Array]
     """What of a microbatch's gradient of a weight is accumulated."""
     unroll: int = 1
@@ -76,8 +76,8 @@ class Engine:
     # The step.
 
     def gradients(self, params: Params, feed_M: Feed, count: jax.Array) -> tuple[Params, jax.Array]:
-        """(gradients, sums) of the first `count` of M microbatches: what this stage has of them, and the last stage's
-        sums, on every stage. `feed_M` has a leading M, the table's."""
+        """(gradients of the weights that are trained, sums) of the first `count` of M microbatches: what this stage has
+        of them, and the last stage's sums, on every stage. `feed_M` has a leading M, the table's."""
         run = _Run(self, params, feed_M)
         rows = lax.dynamic_index_in_dim(jnp.asarray(self.table.rows), run.stage, axis=1, keepdims=False)
         carry, _ = lax.scan(lambda carry, row: (run.tick(carry, Row(*row), count), None), run.start(), rows)
@@ -104,11 +104,20 @@ class _Run:
         feed = jax.eval_shape(self.feed, jnp.zeros((), jnp.int32))
         self.x_shape = jax.eval_shape(self.parts.embed, self.ends, feed)
         self.sums_shape = jax.eval_shape(self.parts.finish, self.ends, self.x_shape, feed)
-        self.embeds = used(lambda ends: self.parts.embed(ends, zeros_of(feed)), self.ends)
+        self.trained_ends = self._trained("ends", self.ends)
+        self.embeds = used(lambda some: self.parts.embed(replaced(self.ends, some), zeros_of(feed)), self.trained_ends)
         self.finishes = used(
-            lambda ends: self.parts.finish(ends, zeros_of(self.x_shape), zeros_of(feed)),
-            self.ends,
+            lambda some: self.parts.finish(replaced(self.ends, some), zeros_of(self.x_shape), zeros_of(feed)),
+            self.trained_ends,
         )
+
+    def _trained(self, part: Literal["ends", "layers"], values: Params) -> Params:
+        """Those of a part's values that belong to weights that are trained."""
+        return map_weights(lambda _, value: value, self.engine.weights[part], values)
+
+    def _ends(self, used: Used, some: list[jax.Array]) -> Params:
+        """All ends, with these instead of those that are trained and used."""
+        return replaced(self.ends, used.put(self.trained_ends, some))
 
     def feed(self, microbatch: jax.Array) -> Feed:
         return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, microbatch, keepdims=False), self.feed_M)
@@ -211,10 +220,10 @@ class _Run:
 
         def loss() -> tuple[Params, jax.Array, jax.Array]:
             def objective(some: list[jax.Array], y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-                sums = self.parts.finish(self.finishes.put(self.ends, some), y_BTD, feed)
+                sums = self.parts.finish(self._ends(self.finishes, some), y_BTD, feed)
                 return sums[0], sums
 
-            some = self.finishes.take(self.ends)
+            some = self.finishes.take(self.trained_ends)
             (found, gy_BTD), sums = jax.grad(objective, (0, 1), has_aux=True)(some, y_BTD)
             return self._plus(carry.ends, self.finishes, found), carry.sums + sums, gy_BTD
 
@@ -228,11 +237,13 @@ class _Run:
 
         def run() -> Params:
             def embed(some: list[jax.Array]) -> jax.Array:
-                return self.parts.embed(self.embeds.put(self.ends, some), feed)
+                return self.parts.embed(self._ends(self.embeds, some), feed)
 
-            (found,) = jax.vjp(embed, self.embeds.take(self.ends))[1](gx_BTD)
+            (found,) = jax.vjp(embed, self.embeds.take(self.trained_ends))[1](gx_BTD)
             return self._plus(carry.ends, self.embeds, found)
 
+        if not any(self.embeds.flags):
+            return carry
         is_first = after(carry.layers, place.is_first)  # both may scatter gradients, which must not meet
         return carry._replace(ends=lax.cond(is_first, run, lambda: carry.ends))
 
@@ -304,7 +315,10 @@ class _Run:
         return y_BTD, Form.of(vjp, weights).without(vjp)
 
     def _vjp(self, weights: Params, x_BTD: jax.Array, feed: Feed, number: jax.Array) -> tuple[jax.Array, Any]:
-        return jax.vjp(lambda weights, x: self.parts.layer(weights, x, feed, number), weights, x_BTD)
+        def layer(some: Params, x_BTD: jax.Array) -> jax.Array:
+            return self.parts.layer(replaced(weights, some), x_BTD, feed, number)
+
+        return jax.vjp(layer, self._trained("layers", weights), x_BTD)
 
     @cached_property
     def form(self) -> Form:

@@ -29,9 +29,10 @@ class Halves:
 
 def halves(f: Callable[..., Any], weights: Sequence[Any], rest: Sequence[Any]) -> Halves:
     """Cuts f(list of weights, list of the rest) -> (list of gradients, list of results); shapes are enough."""
-    flat = _inlined(jax.make_jaxpr(f)(list(weights), list(rest)))
+    whole, (made, _) = jax.make_jaxpr(f, return_shape=True)(list(weights), list(rest))
+    flat = _inlined(whole)
     jaxpr, count = flat.jaxpr, len(weights)
-    gradients, results = jaxpr.outvars[:count], jaxpr.outvars[count:]
+    gradients, results = jaxpr.outvars[: len(made)], jaxpr.outvars[len(made) :]
     at_once = _needed(jaxpr.eqns, results)
     put_off, off_vars = [], set()
     for i, eqn in enumerate(jaxpr.eqns):

@@ -13,7 +13,7 @@ On one device both do nothing but multiply.
 """
 
 from mtx.spmd.compiled import CompiledDoors
-from mtx.spmd.doors import Compiled, Doors, Manual, Params, Precision, map_weights
+from mtx.spmd.doors import Compiled, Doors, Manual, Params, Precision, map_weights, replaced
 from mtx.spmd.manual import ManualDoors
 from mtx.spmd.stages import VirtualStage, after, relay, this_stage, to_next_stage, to_stage_before
 
@@ -29,6 +29,7 @@ __all__ = [
     "after",
     "map_weights",
     "relay",
+    "replaced",
     "this_stage",
     "to_next_stage",
     "to_stage_before",

@@ -33,7 +33,7 @@ class CompiledDoors(Doors):
         return self.gather(w.weight, w[...])
 
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
-        if not weight.is_matrix:
+        if not weight.treatment.cast:
             return value
         return jax.reshard(value.astype(self.compute), self.layout.gathered(weight))
 

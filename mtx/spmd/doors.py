@@ -22,7 +22,7 @@ class Precision:
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of matrix products and activations; auto is bfloat16 where the chip multiplies it natively."""
     params: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the stored matrices; moments stay float32."""
+    """dtype of the stored matrices (`mtx.layout.TREATMENTS`); the optimizer's state stays float32."""
 
     def resolve(self, device: jax.Device) -> tuple[Any, str]:
         """The compute dtype on a device, and why."""
@@ -183,10 +183,18 @@ def letters_of(equation: str) -> tuple[str, str, str]:
 
 
 def map_weights(f: Callable, weights: Mapping, *trees: Mapping) -> dict:
-    """f(weight, *leaves) over nested dicts of equal shape; `weights` has a Weight at each leaf."""
+    """f(weight, *what the trees have there) over a nested dict of declarations; the trees may have more than it."""
     return {
-        name: f(weight, *(tree[name] for tree in trees))
-        if isinstance(weight, Weight)
-        else map_weights(f, weight, *(tree[name] for tree in trees))
+        name: map_weights(f, weight, *(tree[name] for tree in trees))
+        if isinstance(weight, Mapping)
+        else f(weight, *(tree[name] for tree in trees))
         for name, weight in weights.items()
+    }
+
+
+def replaced(params: Mapping, some: Mapping) -> dict:
+    """A nested dict with the values that `some`, a part of it, has instead."""
+    return {
+        name: replaced(value, some.get(name, {})) if isinstance(value, Mapping) else some.get(name, value)
+        for name, value in params.items()
     }

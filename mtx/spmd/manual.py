@@ -40,7 +40,7 @@ class ManualDoors(Doors):
 
     def gather_for_use(self, w: nnx.Variable) -> jax.Array:
         weight, value = w.weight, w[...]
-        if not weight.is_matrix:
+        if not weight.treatment.cast:
             return value
         if not self.at_use:
             return value.astype(self.compute)
@@ -53,7 +53,7 @@ class ManualDoors(Doors):
         return lax.all_gather(value, STAGES, axis=dim, tiled=True)
 
     def gather(self, weight: Weight, value: jax.Array) -> jax.Array:
-        if not weight.is_matrix:
+        if not weight.treatment.cast:
             return value
         zero, axes = self.layout.zero_dim(weight), self.layout.axes(ZERO, "weights")
         if zero is None:

@@ -271,6 +271,6 @@ def _machine(config: Config, program: Program) -> Machine:
     device = program.mesh.devices.flat[0]
     return Machine(
         devices=program.mesh.size,
-        flops_per_token=reports.flops_per_token(program.model, config.batch.sequence_length),
+        flops_per_token=reports.flops_per_token(program.model, config.batch.sequence_length, program.frozen),
         peak_flops=reports.peak_flops(device.device_kind, program.compute.name),
     )

@@ -1,5 +1,4 @@
-"""Schedules and optimizers over optax. The learning rate is applied by the step, so that it may follow
-tokens or samples as well as steps; an optimizer here only turns gradients into a direction."""
+"""Learning-rate schedules, which may follow steps, samples or tokens, and the counters that they read."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,10 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from mtx.errors import Problem
-from mtx.spmd import Params
 
 
 class Counter(NamedTuple):
@@ -176,89 +173,3 @@ class Linear(Decaying):
 
     def decay(self, progress: Progress) -> jax.Array:
         return 1.0 - (1.0 - self.final_share) * self.fallen(progress)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """What every optimizer has: a schedule, decoupled weight decay of matrices, clipping."""
-
-    schedule: Constant | Linear | Cosine = Cosine()
-    """Learning rate over the run."""
-    weight_decay: float = 0.1
-    """Decoupled, times the learning rate; gains and biases are not decayed."""
-    clip_norm: float | None = 1.0
-    """Gradients are scaled down to this global norm; None: never."""
-
-    def check(self) -> Iterator[Problem]:
-        if self.weight_decay < 0:
-            yield "weight_decay", "must not be negative"
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            yield "clip_norm", "must be positive, or None"
-
-    def direction(self) -> optax.GradientTransformation:
-        """Gradients -> what a learning rate of 1 would subtract, without weight decay."""
-        raise AssertionError("a subclass defines it")
-
-    def build(self, decayed: Params) -> optax.GradientTransformation:
-        """Gradients -> what a learning rate of 1 subtracts. `decayed` is a tree of bools."""
-        return optax.chain(self.direction(), optax.add_decayed_weights(self.weight_decay, decayed))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
-
-    b1: float = 0.9
-    """Decay of the first moment."""
-    b2: float = 0.95
-    """Decay of the second moment."""
-    epsilon: float = 1e-8
-    """Added to the square root of the second moment."""
-
-    def check(self) -> Iterator[Problem]:
-        yield from super().check()
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield name, "must be at least 0 and below 1"
-        if self.epsilon <= 0:
-            yield "epsilon", "must be positive"
-
-    def direction(self) -> optax.GradientTransformation:
-        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lion(Optimizer):
-    """The sign of an interpolated momentum (Chen et al. 2023)."""
-
-    b1: float = 0.9
-    """Weight of the momentum in the update."""
-    b2: float = 0.99
-    """Decay of the momentum."""
-
-    def check(self) -> Iterator[Problem]:
-        yield from super().check()
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield name, "must be at least 0 and below 1"
-
-    def direction(self) -> optax.GradientTransformation:
-        return optax.scale_by_lion(b1=self.b1, b2=self.b2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sgd(Optimizer):
-    """Gradient descent with momentum."""
-
-    momentum: float = 0.0
-    """Decay of the running sum of gradients; 0: none is kept."""
-    weight_decay: float = 0.0
-    """Decoupled, times the learning rate; gains and biases are not decayed."""
-
-    def check(self) -> Iterator[Problem]:
-        yield from super().check()
-        if not 0 <= self.momentum < 1:
-            yield "momentum", "must be at least 0 and below 1"
-
-    def direction(self) -> optax.GradientTransformation:
-        return optax.trace(decay=self.momentum) if self.momentum else optax.identity()
