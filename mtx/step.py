@@ -421,7 +421,7 @@ class Program:
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(finite, new, old).astype(old.dtype)
 
-        params, moments = jax.tree.map(keep, self._updated(state, gradients, rate), old)
+        params, moments = jax.tree.map(keep, self.updated(state, gradients, rate), old)
         state = TrainState(
             step=steps,
             params=replaced(state.params, params),
@@ -439,7 +439,7 @@ class Program:
         }
         return state, metrics
 
-    def _updated(self, state: TrainState, gradients: Params, rate: jax.Array) -> tuple[Params, Params]:
+    def updated(self, state: TrainState, gradients: Params, rate: jax.Array) -> tuple[Params, Params]:
         """New values of the weights that are trained, and the optimizer's new state."""
         updates, place = state.step - state.skipped.astype(jnp.int32), self.model.placement
 

@@ -81,7 +81,7 @@ def test_counters_carry(value: int):
 def test_decay_is_for_matrices_alone(optimizer):
     p = toys.program(toys.GPT, optimizer=optimizer)
     state = toys.state_of(p, toys.weights_of(toys.GPT))
-    updated, _ = p._updated(state, jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0.5))
+    updated, _ = p.updated(state, jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0.5))
     for (name, w), x, new in zip(
         toys.flatten(p.weights).items(),
         toys.flatten(state.params).values(),

@@ -54,7 +54,7 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
     loader = load_data(dataclasses.replace(config, curriculum=None))  # which rows come first is for who trains
     corpus = loader.corpus
     program = build(config, jax.devices()[:count])
-    found, params = open_weights(folder, program, step)
+    found, params = open_weights(folder, program, step, evaluated=True)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
         raise DataError(
             f"the tokenizer of {corpus.source} is not the one that {folder} was trained with, so that its tokens "
@@ -73,8 +73,11 @@ def _fits(config: Config, devices: int) -> bool:
     return True
 
 
-def open_weights(path: Path, program: Program, step: int | None = None) -> tuple[Found, Any]:
-    """(which checkpoint, its weights alone) of a run folder's newest that verifies, of one step, or of a step's folder.
+def open_weights(
+    path: Path, program: Program, step: int | None = None, *, evaluated: bool = False
+) -> tuple[Found, Any]:
+    """(which checkpoint, its weights alone) of a run folder's newest that verifies, of one step, or of a step's folder:
+    those that are trained, or `evaluated` those that evaluation reads.
 
     Raises: CheckpointError.
     """
@@ -87,6 +90,8 @@ def open_weights(path: Path, program: Program, step: int | None = None) -> tuple
     for skipped, why in found.skipped:
         log.warning("step %d is skipped: %s", skipped, why)
     try:
+        if evaluated and program.has_evaluated:
+            return found, program.evaluated(program.placed(store.restore(found, program.abstract_ordered())))
         params = store.restore(found, {"params": program.abstract_ordered().params})["params"]
         return found, program.placed(params)
     except DigestError as error:

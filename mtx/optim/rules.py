@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ class Given(NamedTuple):
 class Rule(abc.ABC):
     """How a gradient moves one weight. Methods get the weight's declaration without L, and see one layer at a time."""
 
-    elementwise: bool = False
+    elementwise: ClassVar[bool] = False
     """No element of a result depends on another's, but through `now.whole`: arrays may be stacked and split then."""
 
     @abc.abstractmethod

@@ -20,6 +20,7 @@ from mtx.config import Config
 from mtx.errors import DataError, NumericsError, Stopped, StoppedUnsaved
 from mtx.metrics import Clock, Console, Machine, Metrics
 from mtx.model import Batch
+from mtx.spmd import Params
 from mtx.step import Program, TrainState
 from mtx.train import saved
 from mtx.train.stopping import Stopping
@@ -160,20 +161,21 @@ class Loop:
         config, steps = self.config, self.program.steps
         val_loss = None
         with self.clock.excluded(), jax.set_mesh(self.program.mesh):
+            params = self.program.evaluated(self.state)
             if self.loader.held_out("validation"):
                 values = validate(
                     config,
                     self.program,
                     self.loader,
                     self.eval_fn,
-                    self.state.params,
+                    params,
                     between=self.obey_evaluating,
                 )
                 self.metrics.write(self.step, {"step": self.step, **values})
                 val_loss = values["val/loss"]
                 self.console.say(f"step {self.step}/{steps}  {_found(values, self.loader.corpus.gzip_bits_per_byte)}")
             if config.sample_tokens and config.model.causal:
-                self.sample()
+                self.sample(params)
             self.evaluated = True
             self.record(val_loss)
 
@@ -191,14 +193,14 @@ class Loop:
             self.save(val_loss)
         self.save_after_evaluation = False
 
-    def sample(self) -> None:
+    def sample(self, params: Params) -> None:
         """Text of the model, for people: what goes wrong with it is said and costs nothing."""
         tokenizer = self.loader.corpus.tokenizer
         prompt = tokenizer.encode("\n") or [tokenizer.end_of_document]
         try:
             (tokens,) = decode.generate(
                 self.program,
-                self.state.params,
+                params,
                 [prompt],
                 tokens=max(1, min(self.config.sample_tokens, self.time_T - len(prompt))),
                 seed=self.config.seed,
