@@ -65,6 +65,11 @@ class Program:
     schedule: Schedule = OneFOneB()
     """Of the mesh's pipeline stages, if there are several."""
 
+    def __post_init__(self):
+        """Builds the optimizer's rules, so that what cannot be is refused before anything is compiled."""
+        trained = flatten(self.trained)
+        self.layout.check({f"{name}/{key}": leaf for name, t in trained.items() for key, (leaf, _) in t.leaves.items()})
+
     # Shardings.
 
     @property

@@ -119,3 +119,19 @@ def test_table_shows_every_weight_and_the_largest_whole_one():
     megabytes = sum(layout.bytes_per_device(w, "weights", 4) for w in weights.values()) / 2**20
     column = [float(line.split()[-1]) for line in whole.splitlines()[1:] if line.split()[0] in weights]
     assert sum(column) == pytest.approx(megabytes, abs=0.001 * len(weights))
+
+
+def test_a_leaf_of_the_optimizer_s_state_is_split_as_its_weight():
+    """Letter by letter; it never chooses a ZeRO dimension of its own."""
+    layout = bound(Layout(zero=1), data=4, model=2)
+    weight = Weight("LDF", (2, 32, 64))
+    assert layout.spec(weight, "optimizer") == P(None, "data", "model")
+
+    def leaf(dims: str, *shape: int) -> P:
+        return layout.spec(Weight(dims, shape, of=weight), "optimizer")
+
+    assert leaf("LDF", 2, 32, 64) == P(None, "data", "model")
+    assert leaf("LF", 2, 64) == P(None, "model")
+    assert leaf("LD", 2, 32) == P(None, "data")
+    assert leaf("LD", 2, 2) == P(None, None)  # blocks of 16, too few to be split
+    assert leaf("L", 2) == P(None)

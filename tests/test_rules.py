@@ -22,6 +22,7 @@ from jax import lax
 
 from mtx import hlo
 from mtx.checkpoint import Checkpoints, Store, named
+from mtx.errors import ConfigError
 from mtx.layout import Weight
 from mtx.model import flatten
 from mtx.optim import Constant, Leaf, Now, Optimizer, Rule, State, Steps, from_optax
@@ -248,7 +249,7 @@ def test_a_rule_is_the_same_on_every_mesh(name: str, mesh: str):
 
 @pytest.mark.parametrize("name", ["adafactor", "schedule-free", "eight bits"])
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(name: str, tmp_path: Path):
-    """Every leaf has the digest of one device, its layers in their own order, and returns to where it belongs."""
+    """Every leaf is saved with its layers in their own order, and returns to where it belongs."""
     optimizer, _ = OPTIMIZERS[name]
     first, second = (toys.program(MODEL, optimizer=optimizer, **MESHES[mesh]) for mesh in list(MESHES)[-2:])
     state, step = toys.state_of(first, toys.weights_of(MODEL)), first.compile_train_step()
@@ -264,6 +265,15 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(name: str, tmp_path: Path):
             np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted))
     leaves = {key.rpartition("/")[2] for key in flatten(state.moments)}
     assert {f"moments/layers/mlp/out_FD/{leaf}" for leaf in leaves if leaf != "square"} <= named(state).keys()
+
+
+def test_blocks_that_do_not_divide_over_the_mesh_are_refused():
+    narrow = dataclasses.replace(toys.GPT, mlp=dataclasses.replace(toys.GPT.mlp, width=8))
+    toys.program(narrow, (1, 1, 4), optimizer=OPTIMIZERS["eight bits"][0])
+    with pytest.raises(
+        ConfigError, match=r"ff=4 of weight layers/mlp/bias_F/scale does not .* legal mesh.model: 1, 2, 4"
+    ):
+        toys.program(narrow, (1, 1, 8), optimizer=OPTIMIZERS["eight bits"][0])
 
 
 def test_two_ways_to_see_a_layer_are_one():

@@ -41,6 +41,17 @@ def test_non_finite_gradients_change_only_the_counters(mesh: tuple[int, int, int
     assert int(after.skipped) == 0
 
 
+def test_a_skipped_step_is_no_update_for_the_optimizer():
+    """Adam's bias correction counts updates: the step after a skipped one is the first."""
+    p, params, arrays = toys.program(toys.GPT, optimizer=OPTIMIZER), toys.weights_of(toys.GPT), toys.batch()
+    bad = {**params, "ends": {**params["ends"], "token_VD": np.full_like(params["ends"]["token_VD"], np.inf)}}
+    after, _ = one_step(p, toys.state_of(p, bad), arrays)
+    assert int(after.skipped) == 1
+    again, _ = one_step(p, dataclasses.replace(after, params=toys.state_of(p, params).params), arrays)
+    first, _ = one_step(p, toys.state_of(p, params), arrays)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), again.params, first.params)
+
+
 def test_a_step_at_ten_to_the_twelve_tokens():
     p = toys.program(toys.dropped(toys.GPT, 0.1), optimizer=OPTIMIZER)
     state = toys.state_of(p, toys.weights_of(toys.GPT))

@@ -190,7 +190,11 @@ def test_a_role_decides_what_is_cast_and_gathered(role: Role, partition: Manual 
     spec = p.layout.spec(declared, "weights")
     assert ("data" in spec) == TREATMENTS[role].zero
     doors = p.doors()
-    run = p.mapped(lambda x: doors.gather(declared, x), spec, p.layout.gathered(declared))
+
+    def use(x: jax.Array) -> jax.Array:
+        return doors.gather_for_use(nnx.Param(doors.gather(declared, x), weight=declared))
+
+    run = p.mapped(use, spec, p.layout.gathered(declared))
     with jax.set_mesh(p.mesh):
         used = jax.jit(run)(jax.device_put(np.ones((8, 16), np.float32), p.sharding(spec)))
     assert str(used.dtype) == ("bfloat16" if TREATMENTS[role].cast else "float32")

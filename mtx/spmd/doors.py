@@ -22,7 +22,7 @@ class Precision:
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of matrix products and activations; auto is bfloat16 where the chip multiplies it natively."""
     params: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the stored matrices (`mtx.layout.TREATMENTS`); the optimizer's state stays float32."""
+    """dtype of the stored matrices; gains, biases, routers, adapters and the optimizer's state stay float32."""
 
     def resolve(self, device: jax.Device) -> tuple[Any, str]:
         """The compute dtype on a device, and why."""
