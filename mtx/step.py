@@ -473,7 +473,10 @@ class Program:
     @cached_property
     def _evaluate_rules(self) -> Callable[[Params, Params], Params]:
         def run(params: Params, moments: Params) -> Params:
-            return replaced(params, map_weights(Trained.evaluated, self.trained, params, moments))
+            def one(t: Trained, x: jax.Array, state: dict[str, jax.Array]) -> jax.Array:
+                return t.evaluated(self.model.placement, x, state)
+
+            return replaced(params, map_weights(one, self.trained, params, moments))
 
         return jax.jit(run, out_shardings=self.shardings("weights"))
 

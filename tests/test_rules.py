@@ -247,6 +247,28 @@ def test_a_rule_is_the_same_on_every_mesh(name: str, mesh: str):
         toys.check_close(found, wanted, bound)
 
 
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data and model, ZeRO 3", marks=pytest.mark.slow), "pipeline with padded rows, ZeRO 3"]
+)
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_three_steps(name: str, mesh: str):
+    """Of training: the gradients are a mesh's own, which rounds them otherwise."""
+
+    def steps(mesh: str | None, microbatches: int) -> tuple[dict, list[float]]:
+        p = toys.program(MODEL, optimizer=OPTIMIZERS[name][0], **(MESHES[mesh] if mesh else {}))
+        state, step, losses = toys.state_of(p, toys.weights_of(MODEL)), p.compile_train_step(), []
+        with jax.set_mesh(p.mesh):
+            for seed in range(3):
+                batch = toys.place(p, toys.batch(seed=seed), microbatches)
+                state, metrics = step(state, batch, np.int32(microbatches))
+                losses.append(metrics["train/loss"].item())
+            return jax.tree.map(np.asarray, p.ordered(state).params), losses
+
+    (found, losses), (wanted, wanted_losses) = steps(mesh, 4), steps(None, 1)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
+    toys.check_close(found, wanted, 5e-6)
+
+
 @pytest.mark.parametrize("name", ["adafactor", "schedule-free", "eight bits"])
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(name: str, tmp_path: Path):
     """Every leaf is saved with its layers in their own order, and returns to where it belongs."""

@@ -34,11 +34,12 @@ class Trained:
         start = partial(self.rule.start, self.weight.layer)
         return jax.vmap(start)(x) if self.weight.layers else start(x)
 
-    def evaluated(self, x: jax.Array, state: State) -> jax.Array:
-        """What evaluation reads instead of x."""
+    def evaluated(self, placement: Placement, x: jax.Array, state: State) -> jax.Array:
+        """What evaluation reads instead of x, as `update` does it."""
         evaluated = partial(self.rule.evaluated, self.weight.layer)
-        by_layer = self.weight.layers and not self.rule.elementwise
-        return (jax.vmap(evaluated) if by_layer else evaluated)(x, state).astype(x.dtype)
+        if self.rule.elementwise or not self.weight.layers:
+            return evaluated(x, state).astype(x.dtype)
+        return where_layers(placement, jax.vmap(evaluated)(x, state), x).astype(x.dtype)
 
 
 def trained(optimizer: Optimizer, weights: Params) -> Params:
