@@ -4,6 +4,7 @@ means for a weight."""
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -55,21 +56,26 @@ def gradients_of_all() -> dict[str, np.ndarray]:
     return flatten(toys.gradients(program(None), toys.weights_of(MODEL), toys.batch())[0])
 
 
-@cases
-def test_no_gradient_of_a_frozen_weight_is_computed(case: str):
-    """The compiled step lacks exactly the products of activations and cotangents that would be their gradients."""
+def flops(p: Program) -> int:
+    """Of all matrix products of a step on one device."""
+    text = p.lower_train_step(MICROBATCHES, SEQUENCES, TIME).compile().as_text()
+    return hlo.dot_flops(text, trips=MICROBATCHES)
 
-    def flops(p: Program) -> int:
-        text = p.lower_train_step(MICROBATCHES, SEQUENCES, TIME).compile().as_text()
-        return hlo.dot_flops(text, trips=MICROBATCHES)
 
-    p = program(FROZEN, **CASES[case])
-    layers = sum(math.prod(w.shape) for name, w in flatten(p.weights).items() if name.startswith("layers/mlp/"))
-    products = 2 * layers * SEQUENCES * TIME // p.mesh.size
+def flops_of_gradients(p: Program, weights: Iterable[Weight]) -> int:
+    """Of the products of activations and cotangents that are the gradients of stacked weights."""
     times = MICROBATCHES
     if p.stages > 1:  # a tick without a job counts as one with one
         times = len(p.schedule.table(p.stages, MICROBATCHES, keeps=True).rows) // p.model.placement.chunks
-    assert flops(program(None, **CASES[case])) - flops(p) == times * products
+    return times * 2 * sum(math.prod(w.shape) for w in weights) * SEQUENCES * TIME // p.mesh.size
+
+
+@cases
+def test_no_gradient_of_a_frozen_weight_is_computed(case: str):
+    """The compiled step lacks exactly the products that would be their gradients."""
+    p = program(FROZEN, **CASES[case])
+    frozen = [w for name, w in flatten(p.weights).items() if name.startswith("layers/mlp/")]
+    assert flops(program(None, **CASES[case])) - flops(p) == flops_of_gradients(p, frozen)
 
 
 @cases
@@ -116,10 +122,12 @@ def test_no_gradient_of_a_frozen_weight_is_accumulated():
 class Adapted(model.Block):
     """A layer that is frozen, and small matrices beside it that are trained."""
 
+    frozen = True
+
     def __init__(self, config: model.Transformer, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         for _, variable in nnx.to_flat_state(nnx.state(self)):
-            variable.set_metadata(weight=replace(variable.weight, trainable=False))
+            variable.set_metadata(weight=replace(variable.weight, trainable=not self.frozen))
         D = config.width
         self.down_DQ = weight(rngs, "DQ", (D, 4), initializers.normal(0.5), role="adapter")
         self.up_QD = weight(rngs, "QD", (4, D), initializers.normal(0.5), role="adapter")
@@ -128,6 +136,10 @@ class Adapted(model.Block):
         y_BTD, cache = super().__call__(x_BTD, context, cache)
         project = context.doors.project
         return y_BTD + project("BTQ,QD->BTD", project("BTD,DQ->BTQ", x_BTD, self.down_DQ), self.up_QD), cache
+
+
+class Thawed(Adapted):
+    frozen = False
 
 
 ADAPTERS = (Group(roles=("adapter",), rate=2.0, weight_decay=0.0), Group(frozen=True))
@@ -145,6 +157,17 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
 def adapted_weights() -> dict:
     p = toys.program(dataclasses.replace(MODEL, bias=True))
     return jax.tree.map(np.asarray, p.init(3).params)
+
+
+@pytest.mark.parametrize("case", ["ZeRO 3", "zero bubble, ZeRO 3"])
+def test_no_gradient_of_what_a_model_froze_is_computed(case: str, monkeypatch: pytest.MonkeyPatch):
+    found = {}
+    for block in (Adapted, Thawed):
+        monkeypatch.setattr(model, "Block", block)
+        p = program(None, **CASES[case])
+        found[block] = flops(p)
+    matrices = [w for w in flatten(p.weights["layers"]).values() if w.role == "matrix"]
+    assert found[Thawed] - found[Adapted] == flops_of_gradients(p, matrices)
 
 
 @pytest.mark.parametrize(
