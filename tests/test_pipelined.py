@@ -20,7 +20,7 @@ from mtx import decode
 from mtx.decode import Sampling
 from mtx.layout import Placement
 from mtx.model import Model, flatten
-from mtx.optim import AdamW, Constant, Steps
+from mtx.optim import AdamW, Constant, Group, Sgd, Steps
 from mtx.pipeline import GPipe, Interleaved, OneFOneB, ZeroBubble, engine
 from mtx.spmd import ManualDoors
 
@@ -177,15 +177,18 @@ def test_what_is_broken_is_seen(what: str, monkeypatch: pytest.MonkeyPatch):
 # What the engine holds.
 
 
+@pytest.mark.parametrize(
+    "groups", [None, (Group(names="layers/*", roles=("matrix",), frozen=True), Group())], ids=["trained", "frozen"]
+)
 @pytest.mark.parametrize("zero", [0, 3])
-def test_what_a_layer_keeps_has_no_weights_in_it(zero: int, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_layer_keeps_has_no_weights_in_it(zero: int, groups, monkeypatch: pytest.MonkeyPatch):
     """Selective remat keeps less than none, full the layer's input alone; and no residual has the shape of a matrix, or
     of what ZeRO stores of it."""
     start, kept = engine._Run.start, []
     monkeypatch.setattr(engine._Run, "start", lambda self: (kept.append(self.form.kept), start(self))[1])
     for remat in ("none", "selective", "full"):
         wide = dataclasses.replace(config("llama", 2, True, remat), width=96)
-        p = toys.program(wide, (1, 2, 1), stages=2, zero=zero)
+        p = toys.program(wide, (1, 2, 1), stages=2, zero=zero, optimizer=Sgd(groups=groups))
         p.lower_train_step(MICROBATCHES, 4, 8)
     none, selective, _ = (sum(x.size for x in found) for found in kept)
     assert selective < none
