@@ -215,7 +215,8 @@ class Weight:
     shape: tuple[int, ...]
     is_matrix: bool = True
     meets: str = "BTD"
-    """Letters of the activation that it multiplies or is added to: its gradient is summed over what splits them."""
+    """Letters of the activation that it multiplies or is added to: its gradient is summed over the axes that split them
+    and not the weight."""
 
     def __post_init__(self):
         assert len(self.dims) == len(self.shape), self
