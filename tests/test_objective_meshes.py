@@ -28,6 +28,7 @@ CASES = [
     ("pairs", (1, 2, 4), {"sequence_parallel": True, "zero": 3}),
     ("pairs", (2, 2, 2), {"sequence_parallel": True, "partition": Compiled()}),
     ("pairs", (1, 2, 2), {"stages": 2, "zero": 2}),
+    ("pairs", (1, 2, 2), {"stages": 2, "zero": 1, "sequence_parallel": True}),
 ]
 
 
