@@ -105,8 +105,8 @@ def test_what_splits_the_data_is_not_what_splits_the_activation(gained: None, mo
 
 
 class Adapted(Gelu):
-    def build(self, *args) -> "AdaptedMlp":
-        return AdaptedMlp(self, *args)
+    def build(self, width, bias, std, out_std, rngs) -> "AdaptedMlp":
+        return AdaptedMlp(self, width, bias, std, out_std, rngs)
 
 
 class AdaptedMlp(Mlp):
