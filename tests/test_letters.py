@@ -16,11 +16,12 @@ import toys
 from mtx import DIMENSIONS
 from mtx import model as models
 from mtx.attention import Attention
-from mtx.layers import Context, Mlp, add_bias, vector, weight
+from mtx.layers import Context, Gelu, Mlp, add_bias, vector, weight
 from mtx.layout import ZERO, BoundLayout, Row, megatron
 from mtx.model import flatten
 from mtx.pipeline import ZeroBubble
 from mtx.spmd import Compiled, ManualActivations
+from mtx.sums import Sums
 from pallas_kernels.masks import Causal, Documents
 
 BOUND = 1e-5
@@ -103,6 +104,11 @@ def test_what_splits_the_data_is_not_what_splits_the_activation(gained: None, mo
 # Features that tensor parallelism does not split: low-rank adapters, beside column and row projections.
 
 
+class Adapted(Gelu):
+    def build(self, width, bias, std, out_std, rngs) -> "AdaptedMlp":
+        return AdaptedMlp(self, width, bias, std, out_std, rngs)
+
+
 class AdaptedMlp(Mlp):
     """With low-rank adapters of both projections (Hu et al. 2021); the second one's R is of the residual stream."""
 
@@ -115,22 +121,21 @@ class AdaptedMlp(Mlp):
         self.out_up_RD = weight(rngs, "RD", (R, D), init, meets="BTR")
         self.scale_R = vector(rngs, "R", (R,), 1.0, meets="BTR")
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Sums]:
         project = context.doors.project
         h_BTF = project("BTD,DF->BTF", x_BTD, self.in_DF)
         low_BTR = project("BTD,DR->BTR", x_BTD, self.in_down_DR) * self.scale_R[...]
         h_BTF = jax.nn.gelu(add_bias(h_BTF + project("BTR,RF->BTF", low_BTR, self.in_up_RF), self.bias_F))
         low_BTR = project("BTF,FR->BTR", h_BTF, self.out_down_FR) * self.scale_R[...]
-        return project("BTF,FD->BTD", h_BTF, self.out_FD) + project("BTR,RD->BTD", low_BTR, self.out_up_RD)
+        return project("BTF,FD->BTD", h_BTF, self.out_FD) + project("BTR,RD->BTD", low_BTR, self.out_up_RD), {}
 
 
-ADAPTED = replace(toys.GPT, layers=3)
+ADAPTED = replace(toys.GPT, layers=3, mlp=Adapted(width=64))
 
 
 @pytest.fixture
 def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DIMENSIONS, "R", "rank")
-    monkeypatch.setattr(models, "Mlp", AdaptedMlp)
 
 
 @functools.cache
