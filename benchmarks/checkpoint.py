@@ -18,7 +18,8 @@ import numpy as np
 from mtx import config as configs
 from mtx.building import build, load_data
 from mtx.checkpoint import Checkpoints, Store, named
-from mtx.step import Program, TrainState
+from mtx.state import TrainState
+from mtx.step import Program
 
 PAGE = 4096
 

@@ -1,10 +1,10 @@
-"""The train and evaluation steps: pure, donated, compiled once. Everything that changes is `TrainState`."""
+"""The train and evaluation steps: pure, donated, compiled once. Everything that changes is `mtx.state.TrainState`."""
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -17,11 +17,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mtx.errors import ConfigError
 from mtx.layers import Context
 from mtx.layout import BoundLayout, Weight
 from mtx.losses import STATISTICS, CrossEntropy, RowScores, cross_entropy, pair_loss, score_rows
 from mtx.model import Batch, Model, flatten
-from mtx.optim import Counter, Given, Now, Optimizer, Progress, Rule, Trained, each_whole, trained, update
+from mtx.optim import Counter, Optimizer, Progress, trained
 from mtx.pipeline import Engine, Interleaved, OneFOneB, Parts, Schedule, to_order, to_rows
 from mtx.spmd import (
     Activations,
@@ -36,27 +37,12 @@ from mtx.spmd import (
     map_weights,
     replaced,
 )
+from mtx.state import OptimizerState, Part, TrainState, Update
 from mtx.sums import Denominator, Statistics, Sum, Sums, added, both, over_layers, over_ranks, seeds_of
 from pallas_kernels.masks import Mask, Prefix
 from pallas_kernels.threefry import Words, threefry2x32
 
 T = TypeVar("T")
-
-
-@partial(jax.tree_util.register_dataclass)
-@dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes, and the seed that it never does."""
-
-    step: jax.Array
-    params: Params
-    moments: Params
-    """The optimizer's state: of each weight that is trained, arrays by name."""
-    samples: Counter
-    tokens: Counter
-    skipped: jax.Array
-    """Steps whose gradients were not finite; they moved the counters and nothing else."""
-    seed: jax.Array
 
 
 @dataclass(frozen=True)
@@ -78,11 +64,19 @@ class Program:
     steps: int
     schedule: Schedule = OneFOneB()
     """Of the mesh's pipeline stages, if there are several."""
+    more_parts: tuple[Part, ...] = ()
+    """Parts of the state behind the optimizer's, in the order in which they see a step."""
 
     def __post_init__(self):
         """Builds the optimizer's rules, so that what cannot be is refused before anything is compiled."""
-        trained = flatten(self.trained)
-        self.layout.check({f"{name}/{key}": leaf for name, t in trained.items() for key, (leaf, _) in t.leaves.items()})
+        for name in self.parts:
+            self.layout.check(flatten(self.declared[name]))
+        if len(read := [name for name, part in self.parts.items() if part.is_evaluated]) > 1:
+            optimizer, more = type(self.optimizer).__name__, read[-1]
+            raise ConfigError(
+                f"optimizer={optimizer} has weights of its own for evaluation, and {more}.evaluate=True would read "
+                f"others; set {more}=None, or {more}.evaluate=False."
+            )
 
     # Shardings.
 
@@ -105,6 +99,21 @@ class Program:
         """Names of the other weights."""
         return flatten(self.weights).keys() - flatten(self.trained).keys()
 
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """The parts of the state by name, in the order in which they see a step: the optimizer's, then others."""
+        own = OptimizerState(self.trained, self.mesh, self.layout, self.model.placement)
+        return {part.name: part for part in (own, *self.more_parts)}
+
+    @cached_property
+    def declared(self) -> dict[str, Params]:
+        """Declarations of the arrays of the weights, as `params`, and of each part."""
+        return {"params": self.weights} | {n: part.leaves(self.trained_weights) for n, part in self.parts.items()}
+
+    def trained_of(self, params: Params) -> Params:
+        """The weights that are trained, of all."""
+        return map_weights(lambda _, x: x, self.trained, params)
+
     def shardings(self, column) -> Params:
         return map_weights(lambda w: self.sharding(self.layout.spec(w, column)), self.weights)
 
@@ -125,28 +134,44 @@ class Program:
         """Where each array of the state lives."""
         shape = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.uint32))
         rest = jax.tree.map(lambda _: self.sharding(P()), shape)
-        moments = self._each_moment(lambda w, _: self.sharding(self.layout.spec(w, "optimizer")), shape.moments)
-        return dataclasses.replace(rest, params=self.shardings("weights"), moments=moments)
+
+        def at(weight: Weight, x: jax.ShapeDtypeStruct) -> NamedSharding:
+            assert weight.shape == x.shape, f"{weight} is declared, and starts with shape {x.shape}"
+            return self.sharding(self.layout.spec(weight, "optimizer"))
+
+        parts = {name: map_weights(at, self.declared[name], tree) for name, tree in shape.parts.items()}
+        return dataclasses.replace(rest, params=self.shardings("weights"), parts=parts)
 
     # State.
 
     def _init(self, seed: jax.Array) -> TrainState:
         params = self.model.init(jax.random.fold_in(jax.random.key(seed), 0))
+        params = map_weights(lambda w, x: x.astype(self.stored) if w.treatment.reduced else x, self.weights, params)
         zero = jnp.zeros((), jnp.uint32)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=map_weights(lambda w, x: x.astype(self.stored) if w.treatment.reduced else x, self.weights, params),
-            moments=map_weights(Trained.start, self.trained, params),
+            params=params,
+            parts=self._start(self.parts, params, seed),
             samples=Counter(zero, zero),
             tokens=Counter(zero, zero),
             skipped=zero,
             seed=seed,
         )
 
+    def _start(self, names: Iterable[str], params: Params, seed: jax.Array) -> dict[str, Params]:
+        return {name: self.parts[name].start(self.trained_of(params), seed) for name in names}
+
     def init(self, seed: int) -> TrainState:
         """A new state, made where it stays: no device and no host ever holds more than its part."""
         # Not under jax.set_mesh: there every intermediate would be typed as whole on each device.
         return jax.jit(self._init, out_shardings=self.state_shardings)(np.uint32(seed))
+
+    def started(self, state: TrainState) -> TrainState:
+        """A state with the parts that it lacks, as they start from its weights."""
+        lacking = [name for name in self.parts if name not in state.parts]
+        shardings = {name: self.state_shardings.parts[name] for name in lacking}
+        start = jax.jit(partial(self._start, lacking), out_shardings=shardings)
+        return dataclasses.replace(state, parts=state.parts | start(state.params, state.seed))
 
     def abstract_state(self) -> TrainState:
         """The state's shapes and shardings, for compiling without devices."""
@@ -178,7 +203,7 @@ class Program:
         return state if self.model.placement.in_order else self._each_weight(self._ordered, state)
 
     def placed(self, state: T) -> T:
-        """The inverse of `ordered`, which frees what it was given: a whole state, or its `params` alone."""
+        """The inverse of `ordered`, which frees what it was given: a state, or some of its trees by name."""
         return state if self.model.placement.in_order else self._each_weight(self._placed, state)
 
     def _ordered(self, weight: Weight, x: jax.Array) -> jax.Array:
@@ -201,18 +226,11 @@ class Program:
         return jax.jit(partial(to_rows, self.mesh, self.layout, self.model.placement), static_argnames="weight")
 
     def _each_weight(self, f: Callable, state: Any) -> Any:
-        """f(weight, x) of every x of a state, or of params alone, that is a weight or has a weight's shape."""
-        if not isinstance(state, TrainState):
-            return map_weights(f, self.weights, state)
-        return dataclasses.replace(
-            state, params=map_weights(f, self.weights, state.params), moments=self._each_moment(f, state.moments)
-        )
-
-    def _each_moment(self, f: Callable, moments: Params) -> Params:
-        """f(declaration, x) of every array of the optimizer's state."""
-        return map_weights(
-            lambda t, arrays: {name: f(t.leaves[name][0], x) for name, x in arrays.items()}, self.trained, moments
-        )
+        """f(declaration, x) of every x of a state, or of some of its trees by name, that is declared as weights are."""
+        if isinstance(state, TrainState):
+            params, *parts = self._each_weight(f, {"params": state.params, **state.parts}).values()
+            return dataclasses.replace(state, params=params, parts=dict(zip(state.parts, parts, strict=True)))
+        return {name: map_weights(f, self.declared[name], tree) for name, tree in state.items()}
 
     def abstract_batch(self, microbatches: int, rows: int, time: int) -> Batch:
         """A Batch_MBT's shapes and shardings; `rows` is B, over all batch shards."""
@@ -450,7 +468,7 @@ class Program:
     def train_step(self, state: TrainState, batch: Batch, count: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from the first `count` microbatches. Metrics are scalars.
 
-        A step whose gradients are not finite changes the counters and `skipped`, nothing else.
+        A step whose gradients are not finite changes the counters, `skipped`, and what `Part.skipped` says.
         """
         gradients, sums = self.gradients(state, batch, count)
         labels = sums["labels"]
@@ -468,16 +486,17 @@ class Program:
             steps.astype(jnp.float32), samples.as_float(), tokens.as_float(), steps.astype(jnp.float32) / self.steps
         )
         rate = self.optimizer.schedule.rate(progress)
-        old = map_weights(lambda _, x: x, self.trained, state.params), state.moments
+        skipped = {name: part.skipped(state.parts[name]) for name, part in self.parts.items()}
+        old = self.trained_of(state.params), skipped
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(finite, new, old).astype(old.dtype)
 
-        params, moments = jax.tree.map(keep, self.updated(state, gradients, rate), old)
+        params, parts = jax.tree.map(keep, self.updated(state, gradients, rate), old)
         state = TrainState(
             step=steps,
             params=replaced(state.params, params),
-            moments=moments,
+            parts=parts,
             samples=samples,
             tokens=tokens,
             skipped=state.skipped + (~finite).astype(jnp.uint32),
@@ -496,41 +515,30 @@ class Program:
                 metrics[f"train/{name}"] = sums[name] / denominator
         return state, metrics
 
-    def updated(self, state: TrainState, gradients: Params, rate: jax.Array) -> tuple[Params, Params]:
-        """New values of the weights that are trained, and the optimizer's new state."""
-        updates, place = state.step - state.skipped.astype(jnp.int32), self.model.placement
-
-        def given(t: Trained, g: jax.Array, x: jax.Array, old: dict[str, jax.Array]) -> Given:
-            whole = partial(each_whole, self.mesh, self.layout, place, t.weight)
-            return Given(t.weight.layer, Now(updates, rate * t.rate, t.decay, whole), g, x, old)
-
-        each = map_weights(given, self.trained, gradients, state.params, state.moments)
+    def updated(self, state: TrainState, gradients: Params, rate: jax.Array) -> tuple[Params, dict[str, Params]]:
+        """New values of the weights that are trained, and of the parts."""
+        params, parts = self.trained_of(state.params), {}
+        updates = state.step - state.skipped.astype(jnp.int32)
         with self.exact():
-            return update(place, flatten(self.trained), flatten(each))
+            for name, part in self.parts.items():
+                params, parts[name] = part.step(Update(gradients, params, updates, rate), state.parts[name])
+        return params, parts
 
     def compile_train_step(self):
         """`train_step` jitted, its state donated; call it under `jax.set_mesh(mesh)`."""
         out = (self.state_shardings, None)
         return jax.jit(self.train_step, donate_argnums=0, out_shardings=out)
 
-    def evaluated(self, state: TrainState) -> Params:
-        """The weights that evaluation and generation read: the state's own, unless a rule says otherwise."""
-        return self._evaluate_rules(state.params, state.moments) if self.has_evaluated else state.params
-
     @property
-    def has_evaluated(self) -> bool:
-        """Whether evaluation reads other weights than training."""
-        return any(type(t.rule).evaluated is not Rule.evaluated for t in flatten(self.trained).values())
+    def evaluated_part(self) -> Part | None:
+        """The part that says which weights evaluation reads; None: those that are trained."""
+        return next((part for part in self.parts.values() if part.is_evaluated), None)
 
-    @cached_property
-    def _evaluate_rules(self) -> Callable[[Params, Params], Params]:
-        def run(params: Params, moments: Params) -> Params:
-            def one(t: Trained, x: jax.Array, state: dict[str, jax.Array]) -> jax.Array:
-                return t.evaluated(self.model.placement, x, state)
-
-            return replaced(params, map_weights(one, self.trained, params, moments))
-
-        return jax.jit(run, out_shardings=self.shardings("weights"))
+    def evaluated(self, params: Params, parts: Mapping[str, Params]) -> Params:
+        """The weights that evaluation and generation read: the state's own, unless a part says otherwise."""
+        if (part := self.evaluated_part) is None:
+            return params
+        return replaced(params, part.evaluated(self.trained_of(params), parts[part.name]))
 
     def eval_sums(self, params: Params, batch: Batch) -> Sums:
         """`cross_entropy` in nats and the weight of the `labels`, each summed over a Batch_MBT, which streams through a

@@ -278,6 +278,12 @@ MISTAKES = {
     "Sgd": [
         ("optimizer=Sgd optimizer.momentum=1", "optimizer.momentum=1.0 must be at least 0 and below 1."),
     ],
+    "Ema": [
+        ("ema=0.999", "ema=0.999 must be Ema or None."),
+        ("ema.decay=0.9", "ema=None has no field 'decay'; add ema=Ema."),
+        ("ema=Ema ema.decay=1", "ema.decay=1.0 must be at least 0 and below 1, such as 0.999."),
+        ("ema=Ema ema.warmup_steps=-1", "ema.warmup_steps=-1 must be at least 0; 0: always the decay."),
+    ],
     "Cosine": [
         ("optimizer.schedule=cosine", "must be one of Constant, Linear, Cosine; did you mean Cosine?"),
         ("optimizer.schedule.peak_lr=fast", "optimizer.schedule.peak_lr=fast must be a number."),

@@ -189,7 +189,7 @@ def three_steps(case: Case | None, model: str, dropout: bool, optimizer: str) ->
             state, metrics = step(state, toys.place(p, toys.batch(seed=seed), count), np.int32(count))
             rows.append(jax.device_get(metrics))
     assert step._cache_size() == 1
-    return jax.tree.map(np.asarray, (state.params, state.moments)), rows
+    return jax.tree.map(np.asarray, (state.params, state.parts["moments"])), rows
 
 
 STEP_DEFAULT = [(STEP_CASES[i], name) for i, name in ((0, "sgd"), (1, "adamw"), (2, "sgd"), (5, "adamw"))]
@@ -236,7 +236,7 @@ def without_noise(case: Case, arrays: dict) -> dict:
 def test_initial_weights(mesh: tuple[int, int, int]):
     p = toys.program(toys.GPT, mesh, zero=3 if mesh[1] > 1 else 0, optimizer=AdamW())
     found, wanted = p.init(7), toys.program(toys.GPT).init(7)
-    moments = flatten(found.moments)
+    moments = flatten(found.parts["moments"])
     for (name, x), y in zip(flatten(found.params).items(), flatten(wanted.params).values(), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-6, err_msg=name)
         assert x.sharding == flatten(p.shardings("weights"))[name]

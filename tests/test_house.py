@@ -39,7 +39,7 @@ ORDER = (
         "losses",
         "optim",
     ),
-    *("pipeline", "step", "decode", "checkpoint", "metrics", "config", "building", "validation", "plan"),
+    *("pipeline", "state", "step", "decode", "checkpoint", "metrics", "config", "building", "validation", "plan"),
     *VERBS,
 )
 # The same inside data/: from text to tokens, to shards, to batches.

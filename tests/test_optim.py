@@ -95,7 +95,7 @@ def test_decay_is_for_matrices_alone(optimizer):
 def test_moments_are_split_like_their_weights():
     p = toys.program(toys.GPT, (1, 4, 2), zero=1, optimizer=AdamW())
     state = p.init(0)
-    moments = toys.flatten(state.moments)
+    moments = toys.flatten(state.parts["moments"])
     for name, x in toys.flatten(state.params).items():
         assert moments[f"{name}/mu"].sharding == moments[f"{name}/nu"].sharding == x.sharding, name
     assert str(jax.typeof(moments["layers/mlp/out_FD/mu"])) == "float32[2,64@(model,data),32]"

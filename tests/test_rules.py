@@ -225,12 +225,14 @@ def updated(p: Program, times: int = 3, rate: float = 0.01) -> tuple[dict, dict,
             random = np.random.default_rng(seed)
             host = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), params)  # noqa: B023
             gradients = jax.tree.map(jax.device_put, toys.rows_of(p, host), p.shardings("weights"))
-            new, moments = step(state, gradients, jnp.float32(rate))
-            state = dataclasses.replace(state, step=state.step + 1, params=new, moments=moments)
+            new, parts = step(state, gradients, jnp.float32(rate))
+            state = dataclasses.replace(state, step=state.step + 1, params=new, parts=parts)
         toys.layers_of(p, state.params)  # rows without a layer are still zeros
-        evaluated = dataclasses.replace(state, params=p.evaluated(state))
+        evaluated = dataclasses.replace(state, params=p.evaluated(state.params, state.parts))
         found = p.ordered(state)
-        return tuple(jax.tree.map(np.asarray, x) for x in (found.params, found.moments, p.ordered(evaluated).params))
+        return tuple(
+            jax.tree.map(np.asarray, x) for x in (found.params, found.parts["moments"], p.ordered(evaluated).params)
+        )
 
 
 @functools.cache
@@ -285,7 +287,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(name: str, tmp_path: Path):
         assert jax.tree.map(lambda x: x.sharding, found) == p.state_shardings
         for x, wanted in zip(jax.tree.leaves(p.ordered(found)), jax.tree.leaves(first.ordered(state)), strict=True):
             np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted))
-    leaves = {key.rpartition("/")[2] for key in flatten(state.moments)}
+    leaves = {key.rpartition("/")[2] for key in flatten(state.parts["moments"])}
     assert {f"moments/layers/mlp/out_FD/{leaf}" for leaf in leaves if leaf != "square"} <= named(state).keys()
 
 
@@ -342,10 +344,11 @@ def test_evaluation_reads_the_average():
     mean = jax.tree.map(lambda x: x / 3, sums)
     trained, moments, evaluated = updated(p, rate=0.5)
     toys.check_close(evaluated, mean, 1e-5)
-    state = dataclasses.replace(toys.state_of(p, trained), moments=jax.tree.map(jnp.asarray, moments))
+    parts = {"moments": jax.tree.map(jnp.asarray, moments)}
+    state = dataclasses.replace(toys.state_of(p, trained), parts=parts)
     batch, sums_of = toys.place(p, toys.batch(), 1), jax.jit(p.eval_sums)
     with jax.set_mesh(p.mesh):
-        found, other = (np.asarray(sums_of(x, batch)) for x in (p.evaluated(state), state.params))
+        found, other = (np.asarray(sums_of(x, batch)) for x in (p.evaluated(state.params, parts), state.params))
         np.testing.assert_allclose(found, sums_of(toys.state_of(p, mean).params, batch), rtol=1e-5)
     assert abs(other[0] - found[0]) > 0.01 * found[0]
 
@@ -391,7 +394,7 @@ def test_a_run_and_its_verbs_evaluate_the_average(tmp_path: Path):
 def test_without_such_a_rule_evaluation_reads_what_is_trained():
     p = toys.program(MODEL, optimizer=OPTIMIZERS["adafactor"][0])
     state = toys.state_of(p, toys.weights_of(MODEL))
-    assert p.evaluated(state) is state.params
+    assert p.evaluated(state.params, state.parts) is state.params
 
 
 # What optax's transformations may be.

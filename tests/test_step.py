@@ -13,7 +13,7 @@ from mtx.layers import Gelu
 from mtx.model import flatten
 from mtx.optim import AdamW, Constant, Counter, Sgd, Steps
 from mtx.spmd import Compiled, Manual
-from mtx.step import TrainState
+from mtx.state import TrainState
 
 OPTIMIZER = AdamW(schedule=Constant(peak_lr=1e-2, warmup=Steps(count=0)))
 
@@ -35,7 +35,9 @@ def test_non_finite_gradients_change_only_the_counters(mesh: tuple[int, int, int
     assert not np.isfinite(metrics["train/grad_norm"])
     for (name, x), y in zip(flatten(before.params).items(), flatten(after.params).values(), strict=True):
         np.testing.assert_array_equal(x, np.asarray(y), err_msg=name)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y)), before.moments, after.moments)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, np.asarray(y)), before.parts["moments"], after.parts["moments"]
+    )
     assert (int(after.step), int(after.skipped), int(after.samples)) == (1, 1, 32)
     params["ends"]["norm"]["gain_D"][3] = 1.0
     after, _ = one_step(p, toys.state_of(p, params), arrays)
@@ -113,7 +115,7 @@ def test_a_step_keeps_every_shape_dtype_and_sharding(stored: str):
     after, _ = one_step(p, state, toys.batch())
     assert kinds == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), after)
     assert str(after.params["layers"]["mlp"]["in_DF"].dtype) == stored
-    assert {str(x.dtype) for x in flatten(after.moments).values()} == {"float32"}
+    assert {str(x.dtype) for x in flatten(after.parts["moments"]).values()} == {"float32"}
 
 
 def test_no_device_holds_the_model_while_it_is_made():

@@ -100,7 +100,7 @@ def test_frozen_weights_have_no_state_and_never_change(case: str):
     after = flatten(state.params)
     for name, x in flatten(before.params).items():
         assert np.array_equal(x, np.asarray(after[name])) == (name in frozen), name
-    assert {name.rpartition("/")[0] for name in flatten(state.moments)} == after.keys() - frozen
+    assert {name.rpartition("/")[0] for name in flatten(state.parts["moments"])} == after.keys() - frozen
 
 
 def test_no_gradient_of_a_frozen_weight_is_accumulated():
@@ -184,7 +184,7 @@ def test_adapters_alone_are_trained(case: str, adapted: dict[str, np.ndarray]):
     state, step = toys.state_of(p, adapted_weights()), p.compile_train_step()
     with jax.set_mesh(p.mesh):
         state, metrics = step(state, toys.place(p, toys.batch(), MICROBATCHES), np.int32(MICROBATCHES))
-    assert flatten(state.moments).keys() == {f"{name}/{leaf}" for name in adapted for leaf in ("mu", "nu")}
+    assert flatten(state.parts["moments"]).keys() == {f"{name}/{leaf}" for name in adapted for leaf in ("mu", "nu")}
     total = np.sqrt(sum(np.sum(np.square(g)) for g in adapted.values()))
     np.testing.assert_allclose(metrics["train/grad_norm"], total, rtol=1e-5)
 

@@ -17,10 +17,11 @@ from mtx.layout import BoundLayout, Layout, Placement, Row
 from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
 from mtx.model import Batch, Model, Transformer, flatten
-from mtx.optim import Counter, Optimizer, Sgd, Trained
+from mtx.optim import Counter, Optimizer, Sgd
 from mtx.pipeline import OneFOneB, Schedule
-from mtx.spmd import Compiled, Manual, map_weights
-from mtx.step import Program, TrainState
+from mtx.spmd import Compiled, Manual
+from mtx.state import Part, TrainState
+from mtx.step import Program
 from pallas_kernels.patterns import LocalGlobal
 
 GPT = Transformer(
@@ -86,6 +87,7 @@ def program(
     context: int = 1,
     schedule: Schedule = OneFOneB(),
     vocabulary: Literal["sharded", "replicated"] = "sharded",
+    more_parts: tuple[Part, ...] = (),
 ) -> Program:
     replica, data, tensor = mesh
     devices = jax.devices()[: stages * context * math.prod(mesh)] if devices is None else devices
@@ -106,6 +108,7 @@ def program(
         mask=built.mask(documents, prefix),
         steps=steps,
         schedule=schedule,
+        more_parts=more_parts,
     )
 
 
@@ -157,23 +160,20 @@ def layers_of(p: Program, params: dict) -> dict:
 def state_of(p: Program, params: dict) -> TrainState:
     """A new state with these weights (host arrays, layers in order)."""
     whole = p.sharding(jax.P())
-    placed = jax.tree.map(jax.device_put, rows_of(p, params), p.shardings("weights"))
-    with jax.set_mesh(p.mesh):
-        moments = jax.jit(lambda x: map_weights(Trained.start, p.trained, x), out_shardings=p.state_shardings.moments)(
-            placed
-        )
 
     def zero(dtype=np.uint32) -> jax.Array:  # never one array in two places: the step donates them
         return jax.device_put(dtype(0), whole)
 
-    return TrainState(
-        step=zero(np.int32),
-        params=placed,
-        moments=moments,
-        samples=Counter(zero(), zero()),
-        tokens=Counter(zero(), zero()),
-        skipped=zero(),
-        seed=zero(),
+    return p.started(
+        TrainState(
+            step=zero(np.int32),
+            params=jax.tree.map(jax.device_put, rows_of(p, params), p.shardings("weights")),
+            parts={},
+            samples=Counter(zero(), zero()),
+            tokens=Counter(zero(), zero()),
+            skipped=zero(),
+            seed=zero(),
+        )
     )
 
 

@@ -55,6 +55,8 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
     corpus = loader.corpus
     program = build(config, jax.devices()[:count])
     found, params = open_weights(folder, program, step, evaluated=True)
+    for part in program.more_parts:
+        log.info("%-12s%s", part.name, part.describe())
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
         raise DataError(
             f"the tokenizer of {corpus.source} is not the one that {folder} was trained with, so that its tokens "
@@ -76,9 +78,9 @@ def _fits(config: Config, devices: int) -> bool:
 def open_weights(
     path: Path, program: Program, step: int | None = None, *, evaluated: bool = False
 ) -> tuple[Found, Any]:
-    """(which checkpoint, its weights alone) of a run folder's newest that verifies, of one step, or of a step's folder.
+    """(which checkpoint, its weights alone) of a run folder's newest that verifies, of one step, or of a step's folder:
+    those that are trained, or `evaluated` those that evaluation reads, such as their average.
 
-    The weights are those that are trained, or, if `evaluated`, those that evaluation reads.
     Raises: CheckpointError.
     """
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
@@ -89,10 +91,14 @@ def open_weights(
         raise CheckpointError(f"{path} holds no checkpoints; name a run folder such as runs/quickstart.")
     for skipped, why in found.skipped:
         log.warning("step %d is skipped: %s", skipped, why)
+    part, target = program.evaluated_part if evaluated else None, program.abstract_ordered()
+    trees = {"params": target.params} | ({part.name: target.parts[part.name]} if part is not None else {})
+    if part in program.more_parts and part.name not in found.manifest.trees:
+        raise CheckpointError(
+            f"step {found.step} of {path} holds no {part.name}; {part.name}=None reads the weights that were trained."
+        )
     try:
-        if evaluated and program.has_evaluated:
-            return found, program.evaluated(program.placed(store.restore(found, program.abstract_ordered())))
-        params = store.restore(found, {"params": program.abstract_ordered().params})["params"]
-        return found, program.placed(params)
+        trees = program.placed(store.restore(found, trees))
     except DigestError as error:
         raise CheckpointError(f"step {found.step} of {path} cannot be used: {error}.") from error
+    return found, program.evaluated(trees["params"], trees) if part is not None else trees["params"]

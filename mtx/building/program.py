@@ -56,4 +56,5 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
         mask=mask,
         steps=steps or config.steps or 1,
         schedule=config.pipeline,
+        more_parts=(config.ema,) if config.ema is not None else (),
     )

@@ -5,7 +5,7 @@ on the mesh. Only a step whose files agree with it is resumed from. No other mod
 """
 
 from mtx.checkpoint.digest import digests
-from mtx.checkpoint.manifest import Manifest
+from mtx.checkpoint.manifest import Manifest, tree_of
 from mtx.checkpoint.store import Checkpoints, DigestError, Found, Store, kept, named
 
-__all__ = ["Checkpoints", "DigestError", "Found", "Manifest", "Store", "digests", "kept", "named"]
+__all__ = ["Checkpoints", "DigestError", "Found", "Manifest", "Store", "digests", "kept", "named", "tree_of"]

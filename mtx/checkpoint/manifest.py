@@ -43,6 +43,16 @@ class Manifest:
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     """Size and SHA-256 of each file, by its path in the step's folder; `write` finds them."""
 
+    @property
+    def trees(self) -> set[str]:
+        """First parts of the arrays' names: of the weights, each part of the state, and single arrays."""
+        return {tree_of(name) for name in self.arrays}
+
+
+def tree_of(name: str) -> str:
+    """The tree of a state that an array belongs to: `params` of `params/layers/mlp/in_DF`."""
+    return name.partition("/")[0]
+
 
 def promise(checkpoints: Path, manifest: Manifest) -> None:
     """Before a step is written: what it will be. If a kill comes between Orbax's end and the seal, `keep_promise`

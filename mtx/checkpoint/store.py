@@ -18,7 +18,7 @@ import numpy as np
 from mtx import processes
 from mtx.checkpoint import manifest as manifests
 from mtx.checkpoint.digest import digests
-from mtx.checkpoint.manifest import Array, Manifest
+from mtx.checkpoint.manifest import Array, Manifest, tree_of
 from mtx.errors import CheckpointError, NumericsError, Problem, StorageError
 
 log = logging.getLogger("mtx")
@@ -145,7 +145,7 @@ class Store:
                 beside(there)
             if self.first:
                 manifests.promise(self.folder, manifest)
-            self._manager.save(step, args=self._items(self._args.StandardSave, arrays))
+            self._manager.save(step, args=self._items(self._args.PyTreeSave, arrays))
         except Exception as error:
             self._failure = error
         self._finishing = threading.Thread(target=self._finish, args=(manifest, started), name="checkpoint")
@@ -278,13 +278,14 @@ class Store:
     def restore(self, found: Found, target: Any) -> Any:
         """The state, with the target's structure and shardings, whatever mesh it was saved on.
 
-        `target` is a tree of ShapeDtypeStructs with shardings: the whole state, or `{"params": ...}` alone.
-        Raises: CheckpointError if a leaf is missing, unknown, of another shape or dtype, naming each; DigestError
-        if what was read has another digest than what was saved, on every process alike.
+        `target` is a tree of ShapeDtypeStructs with shardings: a state, or some of its trees, such as
+        `{"params": ...}`; other trees of the checkpoint are not read. Raises: CheckpointError if a leaf of the
+        target's trees is missing, unknown, of another shape or dtype, naming each; DigestError if what was read has
+        another digest than what was saved, on every process alike.
         """
         wanted = named(target)
         self._refuse_misfits(found.manifest, wanted)
-        read = self._manager.restore(found.step, args=self._items(self._args.StandardRestore, wanted))
+        read = self._manager.restore(found.step, args=self._items(self._reads, wanted))
         arrays = {name: leaf for group in read.values() for name, leaf in _flat(group).items()}
         got, _ = digests(arrays)
         if wrong := [name for name in wanted if got[name] != found.manifest.arrays[name].digest]:
@@ -292,8 +293,8 @@ class Store:
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
 
     def _refuse_misfits(self, manifest: Manifest, wanted: Mapping[str, Any]) -> None:
-        whole = any(not name.startswith(f"{WEIGHTS}/") for name in wanted)
-        saved = {name: a for name, a in manifest.arrays.items() if whole or name.startswith(f"{WEIGHTS}/")}
+        trees = {tree_of(name) for name in wanted}
+        saved = {name: a for name, a in manifest.arrays.items() if tree_of(name) in trees}
         wrong = [f"{name} is in the checkpoint and not in the model" for name in saved if name not in wanted]
         wrong += [f"{name} is in the model and not in the checkpoint" for name in wanted if name not in saved]
         for name in set(saved) & set(wanted):
@@ -325,6 +326,13 @@ class Store:
 
         return ocp.args
 
+    def _reads(self, target: Any) -> Any:
+        """Orbax's arguments to read a part of an item."""
+        from orbax.checkpoint import checkpoint_utils
+
+        how = checkpoint_utils.construct_restore_args(target)
+        return self._args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+
     @cached_property
     def _manager(self):
         import orbax.checkpoint as ocp
@@ -347,7 +355,7 @@ class Store:
         """It remembers steps and errors; the next use reads the folder."""
         self.__dict__.pop("_manager", None)
 
-    def _items(self, kind, arrays: Mapping[str, Any]):
+    def _items(self, kind: Callable[[Any], Any], arrays: Mapping[str, Any]):
         """Weights and the rest as two items, so that weights can be read alone."""
         groups: dict[str, dict[str, Any]] = {}
         for name, array in arrays.items():

@@ -32,6 +32,7 @@ from mtx.model import Transformer
 from mtx.optim import AdamW, Lion, Sgd
 from mtx.pipeline import AnySchedule, OneFOneB
 from mtx.spmd import Compiled, Manual, Precision
+from mtx.state import Ema
 from pallas_kernels.masks import Mask
 
 
@@ -67,6 +68,8 @@ class Config:
     """How many tokens a step sees."""
     optimizer: AdamW | Lion | Sgd
     """How gradients move weights."""
+    ema: Ema | None = None
+    """Average of the weights, for evaluation, generation and export; None: none is kept."""
     steps: int | None = None
     """Optimizer steps of the whole run; one of steps, tokens and epochs says how long it is."""
     tokens: int | None = None

@@ -21,7 +21,8 @@ from mtx.errors import DataError, NumericsError, Stopped, StoppedUnsaved
 from mtx.metrics import Clock, Console, Machine, Metrics
 from mtx.model import Batch
 from mtx.spmd import Params
-from mtx.step import Program, TrainState
+from mtx.state import TrainState
+from mtx.step import Program
 from mtx.train import saved
 from mtx.train.stopping import Stopping
 from mtx.validation import validate
@@ -161,7 +162,7 @@ class Loop:
         config, steps = self.config, self.program.steps
         val_loss = None
         with self.clock.excluded(), jax.set_mesh(self.program.mesh):
-            params = self.program.evaluated(self.state)
+            params = self.program.evaluated(self.state.params, self.state.parts)
             if self.loader.held_out("validation"):
                 values = validate(
                     config,

@@ -21,7 +21,7 @@ from mtx.command import log_to_stderr
 from mtx.config import Cluster, Loaded
 from mtx.errors import ConfigError, NumericsError, Stopped, UserError
 from mtx.metrics import Console, Metrics
-from mtx.step import TrainState
+from mtx.state import TrainState
 from mtx.train import saved
 from mtx.train.banner import banner
 from mtx.train.loop import Loop

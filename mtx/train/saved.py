@@ -19,10 +19,11 @@ import jax
 from data import Loader, Text
 from mtx import config as configs
 from mtx.building import CHECKPOINTS, open_weights
-from mtx.checkpoint import DigestError, Found, Store
+from mtx.checkpoint import DigestError, Found, Store, named, tree_of
 from mtx.config import Config, Loaded
 from mtx.errors import ConfigError
-from mtx.step import Program, TrainState
+from mtx.state import TrainState
+from mtx.step import Program
 from mtx.train.banner import mesh_text
 
 log = logging.getLogger("mtx")
@@ -92,8 +93,11 @@ def start(loaded: Loaded, program: Program, loader: Loader, store: Store, accept
     below, skipped = None, ()
     while (found := store.newest(below, skipped)) is not None:
         refuse_changes(found, config, loader, accept_changes)
+        target = program.abstract_ordered()
+        refuse_vanished(found, target, accept_changes)
+        parts = {name: tree for name, tree in target.parts.items() if not named(tree) or name in found.manifest.trees}
         try:
-            state = program.placed(store.restore(found, program.abstract_ordered()))
+            state = program.placed(store.restore(found, dataclasses.replace(target, parts=parts)))
         except DigestError as error:  # on every process alike; anything else is no damage, and ends this process
             below, skipped = found.step, [*found.skipped, (found.step, str(error))]
             continue
@@ -108,11 +112,13 @@ def start(loaded: Loaded, program: Program, loader: Loader, store: Store, accept
             raise ConfigError(str(error)) from error
         saved_on = about["mesh"] if about["mesh"] != mesh_text(program) else "the same mesh"
         log.info("resumed     step %d, %s tokens (saved on %s)", found.step, f"{about['tokens']:,}", saved_on)
-        return Start(state, found.step, about["evaluated"], about["best_val_loss"])
+        for name in target.parts.keys() - parts.keys():
+            log.info("started     %s, which the checkpoint lacks, from the weights of step %d", name, found.step)
+        return Start(program.started(state), found.step, about["evaluated"], about["best_val_loss"])
     state = program.init(config.seed)
     if config.init_from is not None:
         params, found = warm_start(Path(config.init_from), program, corpus, accept_changes)
-        state = dataclasses.replace(state, params=params)
+        state = program.started(dataclasses.replace(state, params=params, parts={}))
         log.info("weights     of step %d of %s", found.step, config.init_from)
     return Start(state)
 
@@ -167,6 +173,19 @@ def refuse_changes(found: Found, config: Config, loader: Loader, accept_changes:
             + f" Other weights from here on are a phase: Phase(start_sample={about['samples']}, weights=(...))."
             * weights
         )
+
+
+def refuse_vanished(found: Found, target: TrainState, accept_changes: bool) -> None:
+    """Raises: ConfigError if the checkpoint holds a part of the state that the run no longer has."""
+    vanished = found.manifest.trees - {tree_of(name) for name in named(target)}
+    for name in sorted(vanished):
+        if not accept_changes:
+            raise ConfigError(
+                f"the run in this folder (step {found.step}) has {name} in its state, which this config no longer "
+                "keeps. Undo the change, or set another workdir, or say --accept-changes to go on without it, or "
+                "--fresh to start anew (the old run moves to earlier/)."
+            )
+        log.warning("accepted: %s of step %d is left behind", name, found.step)
 
 
 def _only_later_phases(about: Mapping[str, Any], config: Config) -> bool:
