@@ -114,50 +114,51 @@ def from_optax(transformation: optax.GradientTransformation) -> Rule:
     """
     probe = jax.ShapeDtypeStruct((3, 5), jnp.float32)
     state = jax.eval_shape(transformation.init, probe)
-    kept = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if leaf.shape == probe.shape:
-            kept[name] = leaf.dtype
-        elif leaf.shape or leaf.dtype != jnp.int32 or name.split(".")[-1] != "count":
+    paths, structure = jax.tree_util.tree_flatten_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    for name, leaf in named.items():
+        is_count = leaf.shape == () and leaf.dtype == jnp.int32 and name.split(".")[-1] == "count"
+        if leaf.shape != probe.shape and not is_count:
             raise ValueError(
                 f"optax keeps {name} of shape {leaf.shape} for a weight of shape {probe.shape}, which is neither like "
                 "the weight nor a count; write a Rule that declares it."
             )
     jaxpr = jax.make_jaxpr(transformation.update)(probe, state, probe).jaxpr
-    if (name := _mixing(jaxpr, probe.shape)) is not None:
-        raise ValueError(f"the optax transformation is not elementwise ({name}); write a Rule that sees a layer.")
-    return _FromOptax(transformation, state, kept)
+    if (primitive := _mixing(jaxpr, probe.shape)) is not None:
+        raise ValueError(f"the optax transformation is not elementwise ({primitive}); write a Rule that sees a layer.")
+    return _FromOptax(
+        transformation, structure, {name: leaf.dtype if leaf.shape else None for name, leaf in named.items()}
+    )
 
 
 @dataclass(frozen=True)
 class _FromOptax(Rule):
     transformation: optax.GradientTransformation
-    shape: Any
-    """optax's state for one array."""
-    kept: Mapping[str, Any]
-    """dtype of each array that is like the weight, by its path in optax's state."""
+    structure: Any
+    """Tree of optax's state for one array."""
+    dtypes: Mapping[str, Any]
+    """dtype of each leaf of that tree, in order; None for a count."""
     elementwise = True
 
     def state(self, weight: Weight) -> Mapping[str, Leaf]:
-        return {name: Leaf.like(weight, dtype) for name, dtype in self.kept.items()}
+        return {name: Leaf.like(weight, dtype) for name, dtype in self.dtypes.items() if dtype is not None}
 
     def update(self, weight: Weight, now: Now, g: jax.Array, x: jax.Array, state: State) -> tuple[jax.Array, State]:
         return self.update_all({"": Given(weight, now, g, x, state)})[""]
 
     def update_all(self, given: Mapping[str, Given]) -> dict[str, tuple[jax.Array, State]]:
-        paths, structure = jax.tree_util.tree_flatten_with_path(self.shape)
-        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+        """In one call of optax for all weights, so that what depends on the count alone is computed once."""
         updates = next(iter(given.values())).now.updates
-        arrays = [
-            {key: one.state[name] for key, one in given.items()} if name in self.kept else updates for name in names
+        old = [
+            updates if dtype is None else {key: one.state[name] for key, one in given.items()}
+            for name, dtype in self.dtypes.items()
         ]
         g, x = {key: one.g for key, one in given.items()}, {key: one.x for key, one in given.items()}
-        made: Any = self.transformation.update(g, structure.unflatten(arrays), x)
-        directions, new = made
-        kept = {name: leaf for name, leaf in zip(names, structure.flatten_up_to(new), strict=True) if name in self.kept}
+        found: Any = self.transformation.update(g, self.structure.unflatten(old), x)
+        directions, state = found
+        new = dict(zip(self.dtypes, self.structure.flatten_up_to(state), strict=True))
         return {
-            key: (one.now.descend(one.x, directions[key]), {name: leaf[key] for name, leaf in kept.items()})
+            key: (one.now.descend(one.x, directions[key]), {name: new[name][key] for name in one.state})
             for key, one in given.items()
         }
 
