@@ -29,7 +29,7 @@ where another letter takes over the axes that split the residual stream's time (
 SPLIT_BY_MODEL = ("heads", "kv_heads", "ff", "vocab")
 """The dimensions that tensor parallelism may split."""
 NEED_TIME = ("heads", "kv_heads", "vocab")
-"""Those of them that are not without all of time: attention, and the loss, which has the batch's."""
+"""Those of them that need all of time: attention sees it, and the loss compares logits with the batch's targets."""
 NO_FEATURES = frozenset({"batch", "time", "key_time", "layer"})
 """The dimensions of an activation that say which token it is of, and in which layer."""
 TIME_AXES = ("context",)
@@ -215,7 +215,8 @@ class Weight:
     shape: tuple[int, ...]
     is_matrix: bool = True
     meets: str = "BTD"
-    """Letters of the activation that it multiplies or is added to: its gradient is summed over what splits them."""
+    """Letters of the activation that it multiplies or is added to: its gradient is summed over the axes that split them
+    and not the weight."""
 
     def __post_init__(self):
         assert len(self.dims) == len(self.shape), self

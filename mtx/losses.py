@@ -181,6 +181,7 @@ def pair_loss(
     nll_B = jax.nn.logsumexp(logits_BA, axis=-1) - said_B
     nll = jnp.sum(nll_B * doors.sum_over("T", jnp.sum(weight_BT, axis=1)))
     whole = jax.lax.stop_gradient(nll)
+    # Ranks that split T all have the pairs' loss, and its gradient; the sum over them must count it once.
     part = whole if doors.global_shapes else whole / doors.layout.size(*doors.layout.splits("T"))
     return nll + (part - whole), part
 
