@@ -18,6 +18,7 @@ from mtx import model as models
 from mtx.attention import Attention
 from mtx.layers import Context, Gelu, Mlp, add_bias, vector, weight
 from mtx.layout import ZERO, BoundLayout, Row, megatron
+from mtx.losses import RowScores
 from mtx.model import flatten
 from mtx.pipeline import ZeroBubble
 from mtx.spmd import Compiled, ManualActivations
@@ -257,6 +258,18 @@ def test_evaluation_counts_over_rows_and_time(gathering: None):
     np.testing.assert_allclose(
         sums(toys.program(LLAMA, (1, 2, 2), context=2, **SP)), reference(LLAMA)[1][1:], rtol=BOUND
     )
+
+
+def test_rows_are_scored_over_time(gathering: None):
+    def scores(p) -> RowScores:
+        state, batch = toys.state_of(p, toys.weights_of(LLAMA)), toys.place(p, toys.batch(), 1)
+        with jax.set_mesh(p.mesh):
+            return jax.tree.map(np.asarray, jax.jit(p.eval_rows)(state.params, batch))
+
+    found, wanted = scores(toys.program(LLAMA, (1, 2, 2), context=2, **SP)), scores(toys.program(LLAMA))
+    np.testing.assert_allclose(found.log_probability, wanted.log_probability, rtol=BOUND)
+    np.testing.assert_array_equal(found.targets, wanted.targets)
+    np.testing.assert_array_equal(found.greedy, wanted.greedy)
 
 
 # Several axes for one letter: offsets count through all of them.
