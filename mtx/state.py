@@ -4,7 +4,6 @@ The optimizer's state is a part, and an average of the weights; a new one is a s
 """
 
 import abc
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -31,27 +30,31 @@ class TrainState:
 
     step: jax.Array
     params: Params
-    parts: dict[str, Params]
-    """Arrays of each `Part` of the program, by its name."""
     samples: Counter
     tokens: Counter
     skipped: jax.Array
     """Steps whose gradients were not finite; they moved the counters, and no weights."""
     seed: jax.Array
+    parts: dict[str, Params]
+    """Arrays of each `Part` of the program, by its name."""
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        """The fields, with the parts in the order of their names instead of `parts`; the names."""
+        names = tuple(sorted(self.parts))
+        own = (self.step, self.params, self.samples, self.tokens, self.skipped, self.seed)
+        return (*own, *(self.parts[name] for name in names)), names
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[jax.tree_util.GetAttrKey, Any]], tuple[str, ...]]:
-        """The fields, with the parts by name instead of `parts`, and the parts' names."""
-        names = tuple(sorted(self.parts))
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "parts"}
-        trees = fields | {name: self.parts[name] for name in names}
-        return [(jax.tree_util.GetAttrKey(name), tree) for name, tree in trees.items()], names
+        """The same, each with its name."""
+        trees, names = self.tree_flatten()
+        keys = ("step", "params", "samples", "tokens", "skipped", "seed", *names)
+        return [(jax.tree_util.GetAttrKey(key), tree) for key, tree in zip(keys, trees, strict=True)], names
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], trees: Any) -> "TrainState":
         """The inverse."""
-        fields = [field.name for field in dataclasses.fields(cls) if field.name != "parts"]
-        count = len(fields)
-        return cls(parts=dict(zip(names, trees[count:], strict=True)), **dict(zip(fields, trees[:count], strict=True)))
+        step, params, samples, tokens, skipped, seed, *parts = trees
+        return cls(step, params, samples, tokens, skipped, seed, dict(zip(names, parts, strict=True)))
 
 
 class Update(NamedTuple):
@@ -172,8 +175,7 @@ class Ema(Part):
         return weights
 
     def start(self, params: Params, seed: jax.Array) -> Params:
-        # A copy: the step donates both, which may not be one buffer.
-        return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
     def step(self, now: Update, old: Params) -> tuple[Params, Params]:
         n = (now.updates + 1).astype(jnp.float32)

@@ -168,7 +168,8 @@ class Program:
 
     def started(self, state: TrainState) -> TrainState:
         """A state with the parts that it lacks, as they start from its weights."""
-        lacking = [name for name in self.parts if name not in state.parts]
+        if not (lacking := [name for name in self.parts if name not in state.parts]):
+            return state
         shardings = {name: self.state_shardings.parts[name] for name in lacking}
         start = jax.jit(partial(self._start, lacking), out_shardings=shardings)
         return dataclasses.replace(state, parts=state.parts | start(state.params, state.seed))

@@ -279,8 +279,8 @@ MISTAKES = {
         ("optimizer=Sgd optimizer.momentum=1", "optimizer.momentum=1.0 must be at least 0 and below 1."),
     ],
     "Ema": [
-        ("ema=0.999", "ema=0.999 must be Ema or None."),
-        ("ema.decay=0.9", "ema=None has no field 'decay'; add ema=Ema."),
+        ("ema=0.999", "ema=0.999 must be a Ema or None; set its fields: ema.decay, ema.warmup_steps, ema.evaluate."),
+        ("ema.decay=0.9", "ema.decay cannot be set: ema is None; choose its class too: ema=Ema."),
         ("ema=Ema ema.decay=1", "ema.decay=1.0 must be at least 0 and below 1, such as 0.999."),
         ("ema=Ema ema.warmup_steps=-1", "ema.warmup_steps=-1 must be at least 0; 0: always the decay."),
     ],

@@ -56,7 +56,8 @@ def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
     program = build(config, jax.devices()[:count])
     found, params = open_weights(folder, program, step, evaluated=True)
     for part in program.more_parts:
-        log.info("%-12s%s", part.name, part.describe())
+        if said := part.describe():
+            log.info("%-12s%s", part.name, said)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
         raise DataError(
             f"the tokenizer of {corpus.source} is not the one that {folder} was trained with, so that its tokens "

@@ -45,12 +45,12 @@ class Manifest:
 
     @property
     def trees(self) -> set[str]:
-        """First parts of the arrays' names: of the weights, each part of the state, and single arrays."""
+        """Names of the trees and single arrays of the state that the checkpoint holds: params, moments, step, ..."""
         return {tree_of(name) for name in self.arrays}
 
 
 def tree_of(name: str) -> str:
-    """The tree of a state that an array belongs to: `params` of `params/layers/mlp/in_DF`."""
+    """The tree of a state that an array belongs to by its name: `params` of `params/layers/mlp/in_DF`."""
     return name.partition("/")[0]
 
 

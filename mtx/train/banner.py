@@ -35,7 +35,7 @@ def banner(
             f"sequence_parallel={bool(config.layout.sequence_axes)})",
             f"precision   compute {dtype} ({why}), parameters {config.precision.params}",
             f"model       {parameters:,} parameters, {config.model.layers} layers of width {config.model.width}",
-            *(f"{part.name:<12}{part.describe()}" for part in program.more_parts),
+            *(f"{part.name:<12}{part.describe()}" for part in program.more_parts if part.describe()),
             f"batch       {tokens:,} tokens: {config.batch.global_size} x {config.batch.sequence_length} "
             f"in {count} microbatch{'es' if count > 1 else ''}",
             *([f"pipeline    {pipeline_text(program, config.batch, count)}"] if program.stages > 1 else []),

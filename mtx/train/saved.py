@@ -112,13 +112,15 @@ def start(loaded: Loaded, program: Program, loader: Loader, store: Store, accept
             raise ConfigError(str(error)) from error
         saved_on = about["mesh"] if about["mesh"] != mesh_text(program) else "the same mesh"
         log.info("resumed     step %d, %s tokens (saved on %s)", found.step, f"{about['tokens']:,}", saved_on)
-        for name in target.parts.keys() - parts.keys():
-            log.info("started     %s, which the checkpoint lacks, from the weights of step %d", name, found.step)
+        for name in target.parts:
+            if name not in parts:
+                log.info("started     %s, which the checkpoint lacks, from the weights of step %d", name, found.step)
         return Start(program.started(state), found.step, about["evaluated"], about["best_val_loss"])
     state = program.init(config.seed)
     if config.init_from is not None:
         params, found = warm_start(Path(config.init_from), program, corpus, accept_changes)
-        state = program.started(dataclasses.replace(state, params=params, parts={}))
+        state = dataclasses.replace(state, params=params, parts={})  # frees what started from other weights
+        state = program.started(state)
         log.info("weights     of step %d of %s", found.step, config.init_from)
     return Start(state)
 
@@ -176,16 +178,16 @@ def refuse_changes(found: Found, config: Config, loader: Loader, accept_changes:
 
 
 def refuse_vanished(found: Found, target: TrainState, accept_changes: bool) -> None:
-    """Raises: ConfigError if the checkpoint holds a part of the state that the run no longer has."""
-    vanished = found.manifest.trees - {tree_of(name) for name in named(target)}
-    for name in sorted(vanished):
-        if not accept_changes:
-            raise ConfigError(
-                f"the run in this folder (step {found.step}) has {name} in its state, which this config no longer "
-                "keeps. Undo the change, or set another workdir, or say --accept-changes to go on without it, or "
-                "--fresh to start anew (the old run moves to earlier/)."
-            )
-        log.warning("accepted: %s of step %d is left behind", name, found.step)
+    """Raises: ConfigError if the checkpoint holds parts of the state that the run no longer has."""
+    vanished = ", ".join(sorted(found.manifest.trees - {tree_of(name) for name in named(target)}))
+    if vanished and accept_changes:
+        log.warning("accepted: the state goes on without %s", vanished)
+    elif vanished:
+        raise ConfigError(
+            f"the run in this folder (step {found.step}) has {vanished} in its state, which this config no longer "
+            "keeps. Undo the change, or set another workdir, or say --accept-changes to go on without, or --fresh to "
+            "start anew (the old run moves to earlier/)."
+        )
 
 
 def _only_later_phases(about: Mapping[str, Any], config: Config) -> bool:
