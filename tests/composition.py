@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import string
+import textwrap
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from mtx import config as configs
 from mtx.attention import AttentionConfig
 from mtx.building import build, make_loader
 from mtx.config import BatchConfig, Config
+from mtx.config.schema import show
 from mtx.errors import ConfigError
 from mtx.layers import RMSNorm, Rotary, SwiGLU
 from mtx.losses import CrossEntropy
@@ -95,16 +98,16 @@ def _what(group: str, named: dict[str, str], rounds: bool = False) -> list[Featu
 
 
 _PIPELINE = "mesh.pipeline=2 batch.micro_size=2 pipeline="
-_PATTERN = "model.attention.pattern.block=4 model.attention.pattern="
+_PATTERN = "model.attention.pattern.block={} model.attention.pattern="
 _PACING = "pacing=FixedLinear {0}.pacing.first={1} {0}.pacing.last={2} {0}.pacing.steps=4"
-_BLOCKS = str(tuple(tuple(i - j in (0, 1, 3) for j in range(8)) for i in range(8))).replace(" ", "")
+_BLOCKS = str(tuple(tuple(i - j in (0, 2) for j in range(4)) for i in range(4))).replace(" ", "")
 FEATURES = (
     *_how(
         "data",
         {
             "data": "mesh.data=2",
             **{f"ZeRO {stage}": f"mesh.data=2 layout.zero={stage}" for stage in (1, 2, 3)},
-            "ZeRO 3, scatter": "mesh.data=2 layout.zero=3 layout.scatter=compute",
+            "ZeRO 3 scatter": "mesh.data=2 layout.zero=3 layout.scatter=compute",
         },
     ),
     *_how("replica", {"replica": "mesh.replica=2"}),
@@ -148,10 +151,8 @@ FEATURES = (
     *_what(
         "pattern",
         {
-            "Fixed": f"{_PATTERN}Fixed",
-            "Longformer": f"{_PATTERN}Longformer",
-            "BigBird": f"{_PATTERN}BigBird",
-            "Chosen": f"{_PATTERN}Chosen model.attention.pattern.rows={_BLOCKS}",
+            **{name: f"{_PATTERN.format(4)}{name}" for name in ("Fixed", "Longformer", "BigBird")},
+            "Chosen": f"{_PATTERN.format(8)}Chosen model.attention.pattern.rows={_BLOCKS}",
         },
     ),
     *_what("softcap", {"softcap": "model.attention.softcap=2.0"}),
@@ -231,7 +232,7 @@ def refusals() -> dict[frozenset[Feature], str | None]:
 
 @functools.cache
 def cases() -> list[Case]:
-    """A greedy cover: every legal pair is in a case. Pairs of features that do not round are in one without rounding."""
+    """A greedy cover of the legal pairs: each is among those that some case is the proof of."""
     legal = {pair for pair, said in refusals().items() if said is None}
     missing = dict.fromkeys(pair for pair in refusals() if pair in legal)  # in order
     found = []
@@ -354,3 +355,96 @@ def updated(case: Case) -> tuple[dict, dict]:
             state = dataclasses.replace(state, step=state.step + 1, params=replaced(state.params, new), parts=parts)
         both = state.params, p.evaluated(state.params, state.parts)
     return tuple(toys.layers_of(p, jax.tree.map(np.asarray, x)) for x in both)
+
+
+# The page.
+
+INTRODUCTION = """\
+# What goes together
+
+`tests/test_composition.py` holds this page to what the code does; `python tests/composition.py` writes it anew.
+
+Two features that a config may both switch on are **equal**: on up to eight simulated devices, the loss and the
+gradient of every weight are those of one device in float32 (the loss to 1e-5, each tensor to
+||dg|| <= 1e-5 max(||g||, 1e-4 ||all g||)), and three updates from given gradients leave every weight, and every weight
+that evaluation reads, within 3e-6 of its norm. The reference has the same model, rows, objective and optimizer, and
+none of the features marked `*`, which only say how a step is computed. Or two features are **refused**: the run ends
+before its first step, with a sentence that says what to type. A pair that is neither fails the test.
+
+The cases below are the proof: each switches many features on, and every pair is in at least one of them. Features of
+one group (two objectives, two pipeline schedules) are alternatives, and no pairs; optimizers share a case's gradients.
+A case in bfloat16 shows that the mesh rounds no worse than one device does: each gradient is at most {rounding} times
+as far from float32's as one device's in bfloat16, or within {least} of its norm; such a case proves only pairs with
+bfloat16. `python -m pytest tests/test_composition.py -m "slow or not slow"` runs all cases. The default tests run
+{default} of them, and see that each pair is refused or in a case.
+
+Text becomes rows before a mesh sees it: where it comes from (files, tensorflow-datasets, seqio, shards, a blend) is no
+feature here, and `tests/test_live.py` has what a live reader of seqio refuses. Muon, Adafactor, ScheduleFree and Sgd8
+(momentum in eight bits) are optimizers of `tests/test_rules.py`, each a kind of rule that one may write:
+[optimizers.md](optimizers.md). Every factorization of eight devices into replica, data and model is in
+`tests/test_equality.py`; `python -m benchmarks.gpu_day` compares the kernels of accelerators with plain attention.
+
+## Pairs
+
+A letter or digit names the case that proves a pair equal, `!` marks a refused one, `.` alternatives.
+"""
+IDS = string.digits[1:] + string.ascii_lowercase + string.ascii_uppercase
+DEFAULT = ("1", "a")
+"""Cases that the default tests run."""
+ROUNDING = 2.0
+"""How much farther from float32 a mesh in bfloat16 may be than one device in bfloat16."""
+LEAST = 0.01
+"""Of a tensor's norm: a mesh in bfloat16 may be so far from float32 wherever one device is."""
+
+
+def page() -> str:
+    """docs/composition.md."""
+    lines = [INTRODUCTION.format(rounding=f"{ROUNDING:g}", least=LEAST, default=len(DEFAULT)), "```"]
+    width = max(len(_marked(feature)) for feature in FEATURES)
+    for digit in range(2):
+        numbers = (f"{i:02}"[digit] for i in range(1, len(FEATURES) + 1))
+        lines.append(" " * (width + 5) + _spaced(numbers).rstrip())
+    first = {pair: IDS[i] for i, case in reversed(list(enumerate(cases()))) for pair in proven(case)}
+    for i, row in enumerate(FEATURES):
+        marks = (
+            "." if row.group == other.group else first.get(frozenset((row, other)), "!") for other in FEATURES[: i + 1]
+        )
+        lines.append(f"{i + 1:2}  {_marked(row):{width}} {_spaced(marks)}")
+    lines += ["```", "", "## Refused", ""]
+    for pair, said in refusals().items():
+        if said is not None:
+            a, b = sorted(pair, key=FEATURES.index)
+            lines.append(_item(f"{a.name}, {b.name}: {said}"))
+    lines += ["", "## Features", "", "Of a group in one line, with what switches them on.", ""]
+    for _, group in itertools.groupby(FEATURES, lambda feature: feature.group):
+        lines.append(
+            _item("; ".join(f"{_marked(f)} `{f.words or f'optimizer.groups={show(f.groups, 200)}'}`" for f in group))
+        )
+    lines += ["", "## Cases", ""]
+    for name, case in zip(IDS, cases(), strict=False):
+        lines.append(_item(f"`{name}` {', '.join(feature.name for feature in case)}"))
+    return "\n".join(lines) + "\n"
+
+
+def _item(text: str) -> str:
+    """A line of a list, wrapped."""
+    return textwrap.fill(f"- {text}", 120, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+
+def _marked(feature: Feature) -> str:
+    return feature.name + "*" * feature.changes_nothing
+
+
+def _spaced(marks: Iterable[str]) -> str:
+    """Characters in groups of ten."""
+    return "".join(mark + " " * (i % 10 == 9) for i, mark in enumerate(marks))
+
+
+def cases_of_page() -> dict[str, Case]:
+    """The cases that the page names, by their letters: what the tests run, without looking for a cover first."""
+    items = re.findall(r"^- `(\w)` (.*(?:\n  .*)*)", PAGE.read_text("utf-8"), re.M)
+    return {name: tuple(NAMED[feature] for feature in " ".join(said.split()).split(", ")) for name, said in items}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
