@@ -54,7 +54,7 @@ MAY_IMPORT_DATA = {"config", "building", "validation", *VERBS}
 
 # Test files that are about no single module.
 CROSS_CUTTING = {"house", "data", "equality", "census", "parity", "processes", "debug_configs"}
-CROSS_CUTTING |= {"pipelined", "pipeline_census", "objective_meshes", "letters", "gpu_day"}
+CROSS_CUTTING |= {"pipelined", "pipeline_census", "objective_meshes", "letters", "gpu_day", "composition"}
 
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 LAZY = (
