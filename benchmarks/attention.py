@@ -10,6 +10,7 @@ product of the same dtype in the same run.
 """
 
 import argparse
+import contextlib
 import datetime as dt
 import os
 import statistics
@@ -98,6 +99,7 @@ def inputs(shape: Shape, dtype: Any) -> list[jax.Array]:
 # What is timed: name -> (forward, forward and backward), or why not.
 
 Timed = tuple[Callable[[], Any], Callable[[], Any]]
+"""They only launch, and return what `seconds` waits for."""
 
 
 def ours(name: BackendName, shape: Shape, arrays: list[jax.Array]) -> Timed:
@@ -118,7 +120,7 @@ def fused(shape: Shape, arrays: list[jax.Array]) -> Timed:
 def jitted(attend: Callable, arrays: list[jax.Array]) -> Timed:
     q, k, v, dout = arrays
     forward, both = jax.jit(attend), jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout))
-    return (lambda: jax.block_until_ready(forward(q, k, v))), (lambda: jax.block_until_ready(both(q, k, v, dout)))
+    return (lambda: forward(q, k, v)), (lambda: both(q, k, v, dout))
 
 
 def tokamax(shape: Shape, arrays: list[jax.Array]) -> Timed:
@@ -127,6 +129,10 @@ def tokamax(shape: Shape, arrays: list[jax.Array]) -> Timed:
     if shape.mask not in (Causal(), Full()):
         raise Unable("its public door knows causal and full")
     return jitted(lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=shape.mask == Causal()), arrays)
+
+
+SDPA_KERNELS = {"SDPA by cuDNN": "CUDNN_ATTENTION", "SDPA by FlashAttention 2": "FLASH_ATTENTION"}
+"""Rivals that name one of torch's kernels; plain `SDPA` lets torch choose."""
 
 
 def torch_rival(which: str, shape: Shape, arrays: list[jax.Array]) -> Timed:
@@ -139,14 +145,21 @@ def torch_rival(which: str, shape: Shape, arrays: list[jax.Array]) -> Timed:
         torch.tensor(np.asarray(x, np.float32)).permute(order).contiguous().to(device, dtype) for x in arrays
     )
     grouped = shape.heads != shape.kv_heads
-    if which == "SDPA":
+    if which.startswith("SDPA"):
         if shape.mask in (Causal(), Full()):
             options: dict = {"is_causal": shape.mask == Causal()}
         else:
             options = {"attn_mask": torch.tensor(np.asarray(shape.bound().dense()))[:, None].to(device)}
 
+        which_kernel = contextlib.nullcontext
+        if which in SDPA_KERNELS:
+            from torch.nn.attention import SDPBackend, sdpa_kernel  # pyrefly: ignore[missing-import]
+
+            which_kernel = partial(sdpa_kernel, SDPBackend[SDPA_KERNELS[which]])
+
         def attend(q, k, v):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
+            with which_kernel():
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
 
     elif which == "FlexAttention":
         from torch.nn.attention.flex_attention import (  # pyrefly: ignore[missing-import]
@@ -181,20 +194,14 @@ def torch_rival(which: str, shape: Shape, arrays: list[jax.Array]) -> Timed:
         def attend(q, k, v):
             return flash_attn_func(q, k, v, causal=shape.mask == Causal())
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
-    def forward() -> None:
+    def forward() -> Any:
         with torch.no_grad():
-            attend(*leaves)
-        wait()
+            return attend(*leaves)
 
-    def both() -> None:
-        torch.autograd.grad(attend(*leaves), leaves, dout)
-        wait()
+    def both() -> Any:
+        return torch.autograd.grad(attend(*leaves), leaves, dout)
 
     return forward, both
 
@@ -204,27 +211,39 @@ def _block_matrix(shape: Shape) -> np.ndarray:
     return pattern.matrix(shape.time, shape.time)
 
 
-def seconds(f: Callable[[], Any], budget_s: float) -> float:
-    """The median of five rounds; a round is as many calls as fit."""
+def seconds(launch: Callable[[], Any], budget_s: float) -> float:
+    """Returns the median seconds of a call over five rounds; a round launches as many calls as fit, then waits once."""
     for _ in range(2):
-        f()
+        wait(launch())
     start = time.perf_counter()
-    f()
+    wait(launch())
     calls = max(1, int(budget_s / 5 / max(time.perf_counter() - start, 1e-6)))
     rounds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start, results = time.perf_counter(), None
         for _ in range(calls):
-            f()
+            results = launch()
+        wait(results)
         rounds.append((time.perf_counter() - start) / calls)
     return statistics.median(rounds)
+
+
+def wait(results: Any) -> None:
+    """Waits for the arrays or tensors of the last call; calls end in the order in which they were launched."""
+    if any(isinstance(x, jax.Array) for x in jax.tree.leaves(results)):
+        jax.block_until_ready(results)
+    else:
+        import torch  # pyrefly: ignore[missing-import]
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
 
 def matmul_flops(dtype: Any, n: int, budget_s: float) -> float:
     """FLOP/s of a product of n x n random matrices."""
     a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
     product = jax.jit(lambda a, b: a @ b)
-    return 2.0 * n**3 / seconds(lambda: jax.block_until_ready(product(a, b)), budget_s)
+    return 2.0 * n**3 / seconds(lambda: product(a, b), budget_s)
 
 
 def answers(name: BackendName, shape: Shape, arrays: list[jax.Array]) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from mtx import config as configs
-from mtx import train
+from mtx.building import build, load_data
 from mtx.checkpoint import Checkpoints, Store, named
 from mtx.step import Program, TrainState
 
@@ -25,7 +25,7 @@ PAGE = 4096
 
 def program(path: str, *words: str) -> tuple[configs.Config, Program]:
     config = configs.load(path, ["mesh.data=1", *words]).config
-    return config, train.build(config, jax.devices()[:1], 1000)
+    return config, build(config, jax.devices()[:1], 1000)
 
 
 def state_bytes(state: TrainState) -> int:
@@ -35,7 +35,7 @@ def state_bytes(state: TrainState) -> int:
 def quickstart(seconds: float) -> tuple[int, float, float]:
     """(bytes of the state, worst share of the time between saves that one keeps the loop, seconds of the worst)."""
     config, p = program("configs/quickstart.py")
-    loader, step, state = train.load_data(config), p.compile_train_step(), p.init(0)
+    loader, step, state = load_data(config), p.compile_train_step(), p.init(0)
     size = config.batch.global_size
     blocked = []
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(p.mesh):

@@ -17,7 +17,6 @@ import numpy as np
 from data import (
     AnyObjective,
     BestFit,
-    Blend,
     Blended,
     CausalLm,
     Concatenate,
@@ -25,10 +24,8 @@ from data import (
     FillInTheMiddle,
     Loader,
     MaskedLm,
-    PythonDocs,
     SpanCorruption,
     Split,
-    Weighted,
 )
 from data.tokenizer import ByteTokenizer
 
@@ -80,10 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         there = split(Path(folder), tokens)
         one = corpus(there)
-        fifteen = Blended(
-            Blend(sources=tuple(Weighted(name=f"s{i}", data=PythonDocs(), weight=1 + i / 10) for i in range(15))),
-            {f"s{i}": one for i in range(15)},
-        )
+        fifteen = Blended({f"s{i}": one for i in range(15)}, [1 + i / 10 for i in range(15)])
         print("| rows of | how | million tokens/s | per CPU second |\n|---|---|---|---|")
 
         def line(length: int, how: str, read: Callable[[int], object]) -> None:

@@ -40,6 +40,7 @@ from data import MaskedLm, PrefixLm, PythonDocs, SentencePairs  # noqa: E402
 from mtx import config as configs  # noqa: E402
 from mtx import hlo  # noqa: E402
 from mtx.attention import AttentionConfig  # noqa: E402
+from mtx.building import build  # noqa: E402
 from mtx.config import BatchConfig, Config  # noqa: E402
 from mtx.layers import Gelu, Learned, RMSNorm, Rotary, SwiGLU  # noqa: E402
 from mtx.losses import CrossEntropy  # noqa: E402
@@ -47,7 +48,6 @@ from mtx.mesh import MeshConfig  # noqa: E402
 from mtx.model import Transformer, flatten  # noqa: E402
 from mtx.optim import AdamW, Constant, Lion, Sgd, Steps  # noqa: E402
 from mtx.step import Program  # noqa: E402
-from mtx.train import build  # noqa: E402
 
 BOUND = 1e-6
 STEPS = 3

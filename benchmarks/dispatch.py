@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mtx import config as configs
-from mtx import train
+from mtx.building import build
 from mtx.model import Batch
 
 WORDS = [
@@ -24,7 +24,7 @@ WORDS = [
 
 def main() -> None:
     loaded = configs.load("configs/quickstart.py", WORDS)
-    program = train.build(loaded.config, jax.devices()[:1])
+    program = build(loaded.config, jax.devices()[:1])
     ones = {name: np.ones((1, 8, 8), np.float32 if name == "weights" else np.int32) for name in Batch._fields[:5]}
     batch = Batch(**jax.device_put(ones, program.sharding(P())))
     state, step = program.init(0), program.compile_train_step()

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mtx import config as configs
-from mtx import train
+from mtx.building import build
 from mtx.mesh import MeshConfig
 from mtx.model import Batch
 from mtx.pipeline import AnySchedule, Costs, GPipe, Interleaved, OneFOneB, ZeroBubble, simulate
@@ -69,7 +69,7 @@ def program(flags: argparse.Namespace, schedule: AnySchedule | None, remat: str)
     model = dataclasses.replace(config.model, layers=flags.layers, width=flags.width, mlp=mlp)
     batch = configs.BatchConfig(global_size=flags.microbatches, micro_size=1, sequence_length=flags.time)
     config = dataclasses.replace(config, mesh=mesh, model=model, batch=batch, pipeline=schedule or OneFOneB())
-    built = train.build(config, jax.devices()[: flags.stages])
+    built = build(config, jax.devices()[: flags.stages])
     if flags.layer_ms:
         layer, seconds = built.model.layer, flags.layer_ms / 1e3
         built.model.layer = lambda weights, x_BTD, context, number: layer(

@@ -2,13 +2,14 @@
 
     python -m benchmarks.tune_attention [--backend hopper] [--heads 64 128] [--times 2048 8192]
 
-Forward and backward together, causal, bfloat16 (float32 on a CPU). The table is part of the program: commit it.
+Forward and backward together, causal, bfloat16 (float32 on a CPU). One field of the sizes after another takes its best
+value. The table is part of the program: commit it.
 """
 
 import argparse
 import dataclasses
 import json
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,71 +21,116 @@ from pallas_kernels.attention.sizes import TABLE
 from pallas_kernels.masks import Causal
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What sizes are sought for."""
+
+    backend: BackendName
+    chip: Chip
+    dtype: str
+    head_size: int
+    time: int
+
+    @property
+    def shape(self) -> Shape:
+        """16,384 tokens of 2,048 features; 1,024 of 256 on a CPU."""
+        tokens, features = (1024, 256) if self.chip.platform == "cpu" else (16384, 2048)
+        heads = max(1, features // self.head_size)
+        return Shape("causal", Causal(), self.time, heads, heads, self.head_size, max(1, tokens // self.time))
+
+    @property
+    def question(self) -> Question:
+        shape = self.shape
+        return Question(
+            chip=self.chip,
+            dtype=self.dtype,
+            mask=shape.mask,
+            rows=shape.rows,
+            queries=shape.time,
+            keys=shape.time,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_size=shape.head_size,
+            value_size=shape.head_size,
+        )
+
+    def seconds(self, sizes: Any, budget_s: float) -> float:
+        """Seconds of a forward and a backward pass. Raises what the compiler does if the chip cannot hold the tiles."""
+        shape = self.shape
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return flash_attention(q, k, v, shape.bound(), backend=self.backend, sizes=sizes)
+
+        return seconds(jitted(attend, inputs(shape, jnp.dtype(self.dtype)))[1], budget_s)
+
+    def entry(self, sizes: Any) -> dict[str, Any]:
+        """An entry of sizes.json."""
+        return {
+            "backend": self.backend,
+            "dtype": self.dtype,
+            "head_size": self.head_size,
+            "value_size": self.head_size,
+            "queries": self.time,
+            "sizes": dataclasses.asdict(sizes),
+        }
+
+
+def search(target: Target, found: dict[Any, float]) -> Iterator[Any]:
+    """Yields the sizes to measure next; the caller puts the seconds of those that run into `found`.
+
+    Starts at the kernel's defaults, and goes through the fields in which its candidates differ.
+    """
+    kernel = module(target.backend)
+    candidates, best = kernel.candidates(target.question), kernel.default_sizes(target.question)
+    yield best
+    tried = {best}
+    for field in dataclasses.fields(best):
+        for value in sorted({getattr(sizes, field.name) for sizes in candidates}, key=str):
+            sizes = dataclasses.replace(best, **{field.name: value})
+            if sizes not in tried and len({getattr(c, field.name) for c in candidates}) > 1:
+                tried.add(sizes)
+                yield sizes
+        best = min(found, key=found.__getitem__, default=best)
+
+
 def main() -> None:
     chip = Chip.of(jax.devices()[0])
     cpu = chip.platform == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    best = {"gpu": "hopper" if chip.capability == 9.0 else "chunked", "tpu": "tpu", "cpu": "chunked"}[chip.platform]
-    parser.add_argument("--backend", choices=("chunked", "hopper", "tpu"), default=best)
+    parser.add_argument("--backend", choices=("chunked", "hopper", "tpu"), default=own_backend(chip))
     parser.add_argument("--heads", type=int, nargs="+", default=[64] if cpu else [64, 128, 256], help="head sizes")
     parser.add_argument("--times", type=int, nargs="+", default=[1024] if cpu else [2048, 8192], help="lengths")
     parser.add_argument("--seconds", type=float, default=0.3, help="per choice")
     flags = parser.parse_args()
-    dtype = jnp.float32 if cpu else jnp.bfloat16
-    kernel = module(flags.backend)
     table = json.loads(TABLE.read_text())
     print("| head | T | sizes | forward and backward ms |\n|---|---|---|---|")
     for head in flags.heads:
         for T in flags.times:
-            heads = max(1, (256 if cpu else 2048) // head)
-            shape = Shape("causal", Causal(), T, heads, heads, head, max(1, (1024 if cpu else 16384) // T))
-            asked = _question(chip, shape, str(jnp.dtype(dtype)))
-            if reason := cannot(flags.backend, asked):
+            dtype = "float32" if cpu else "bfloat16"
+            target = Target(backend=flags.backend, chip=chip, dtype=dtype, head_size=head, time=T)
+            if reason := cannot(flags.backend, target.question):
                 raise SystemExit(f"error: {flags.backend} cannot be tuned here: {reason}.")
-            arrays = inputs(shape, dtype)
-            found = {}
-            for sizes in kernel.candidates(asked):
-                _, both = jitted(partial(_attend, shape, flags.backend, sizes), arrays)
+            found: dict[Any, float] = {}
+            for sizes in search(target, found):
                 try:
-                    took = seconds(both, flags.seconds)
+                    found[sizes] = target.seconds(sizes, flags.seconds)
                 except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:  # too large for the chip
                     print(f"| {head} | {T} | {sizes} | failed: {str(error).splitlines()[0][:60]} |", flush=True)
                     continue
-                found[sizes] = took
-                print(f"| {head} | {T} | {sizes} | {1e3 * took:.3f} |", flush=True)
+                print(f"| {head} | {T} | {sizes} | {1e3 * found[sizes]:.3f} |", flush=True)
             if not found:
                 continue
-            entry = {
-                "backend": flags.backend,
-                "dtype": asked.dtype,
-                "head_size": head,
-                "value_size": head,
-                "queries": T,
-                "sizes": dataclasses.asdict(min(found, key=found.__getitem__)),
-            }
+            entry = target.entry(min(found, key=found.__getitem__))
             same = {name: value for name, value in entry.items() if name != "sizes"}
             others = [old for old in table.get(chip.kind, []) if {**old, **same} != old]
             table[chip.kind] = sorted([*others, entry], key=lambda e: (e["backend"], e["head_size"], e["queries"]))
             TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 
-def _attend(shape: Shape, backend: BackendName, sizes: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return flash_attention(q, k, v, shape.bound(), backend=backend, sizes=sizes)
-
-
-def _question(chip: Chip, shape: Shape, dtype: str) -> Question:
-    return Question(
-        chip=chip,
-        dtype=dtype,
-        mask=shape.mask,
-        rows=shape.rows,
-        queries=shape.time,
-        keys=shape.time,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_size=shape.head_size,
-        value_size=shape.head_size,
-    )
+def own_backend(chip: Chip) -> BackendName:
+    """Our own kernel for a chip."""
+    best: dict[str, BackendName] = {"tpu": "tpu", "gpu": "hopper" if chip.capability == 9.0 else "chunked"}
+    return best.get(chip.platform, "chunked")
 
 
 if __name__ == "__main__":

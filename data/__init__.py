@@ -6,12 +6,9 @@ objective and a way of packing: dicts of numpy arrays that depend on nothing but
 numbers of the samples.
 """
 
-from data.blended import Blend, Blended, Phase, Weighted, sources_of
-from data.corpus import Corpus, Split
-from data.curriculum import Curriculum, LengthWarmup
-from data.loader import Loader, Origin, Text
-from data.megatron_shards import MegatronShards
-from data.objectives import (
+from data.batches.curriculum import Curriculum, LengthWarmup
+from data.batches.loader import Loader, Origin, Text
+from data.batches.objectives import (
     AnyObjective,
     CausalLm,
     Completion,
@@ -22,14 +19,18 @@ from data.objectives import (
     SpanCorruption,
     WindowObjective,
 )
-from data.packing import Batch, BestFit, Concatenate
-from data.prepared import Fail, Prepared, Skip
-from data.python_docs import PythonDocs
-from data.rows import Pick, Rows
-from data.seqio_task import Live, LiveLoader, LiveText, SeqioTask
-from data.specials import lacking
-from data.text_files import TextFiles
-from data.tfds_text import TfdsText
+from data.batches.packing import Batch, BestFit, Concatenate
+from data.batches.rows import Pick, Rows
+from data.batches.special_tokens import lacking
+from data.corpus import Blended, Corpus, Split
+from data.prepare.prepared import Prepared
+from data.prepare.source import Fail, Skip
+from data.sources.blend import Blend, Phase, Weighted, sources_of
+from data.sources.megatron_shards import MegatronShards
+from data.sources.python_docs import PythonDocs
+from data.sources.seqio_task import Live, LiveLoader, LiveText, SeqioTask
+from data.sources.text_files import TextFiles
+from data.sources.tfds_text import TfdsText
 from data.tokenizer import (
     Bpe,
     Bytes,

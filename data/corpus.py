@@ -1,13 +1,15 @@
-"""A corpus: token streams, one per split, and what their tokens mean."""
+"""A corpus: token streams, one per split, and what their tokens mean; and several, trained on together."""
 
+import contextlib
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
-from data.blend import Order
+from data.mixing import Order, capped
 from data.tokenizer import ByteTokenizer, Tokenizer
 
 GZIP_BYTES = 16_000_000
@@ -159,6 +161,85 @@ class Corpus(OneSource):
 
 def _megabytes(split: Split) -> str:
     return "" if split.bytes is None else f", {split.bytes / 1e6:.2f} MB"
+
+
+class Blended:
+    """Several corpora that are trained on together."""
+
+    gzip_bits_per_byte = None
+
+    def __init__(
+        self,
+        parts: Mapping[str, Corpus],
+        weights: Sequence[float],
+        *,
+        phases: Sequence[tuple[int, Sequence[float]]] = (),
+        max_epochs: Mapping[str, float | None] | None = None,
+        temperature: float | None = None,
+    ) -> None:
+        """`weights`, those of `phases` from their first samples on, `max_epochs` and `temperature`: see `Blend`.
+
+        Raises: ValueError if the tokenizers are not one.
+        """
+        self.parts, self._max_epochs, self._temperature = parts, max_epochs or {}, temperature
+        self._given = [(0, weights), *phases]
+        first, *others = parts
+        for name in others:
+            if parts[name].tokenizer.digest != parts[first].tokenizer.digest:
+                raise ValueError(
+                    f"sources {first} and {name} have different tokenizers, so that a token means two things; give all "
+                    "the same, such as the file that one of them learned: tokenizer=TokenizerFile(path=...)."
+                )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back."""
+        return next(iter(self.parts.values())).tokenizer
+
+    @property
+    def source(self) -> str:
+        """What the text is, for people."""
+        return " + ".join(f"{name} ({part.source})" for name, part in self.parts.items())
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with any token of any source, and with their names."""
+        lines = [f"{name} {part.digest}" for name, part in self.parts.items()]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def order(self, rows: Mapping[str, int]) -> Order:
+        """Which source each sample of training comes from, of sources with so many rows."""
+        starts, weights = zip(*self._phases(), strict=True)
+        limits = [
+            None if (most := self._max_epochs.get(name)) is None else int(Fraction(str(most)) * rows[name])
+            for name in self.parts
+        ]
+        return capped(Order(starts, weights), limits)
+
+    def _phases(self) -> list[tuple[int, tuple[float, ...]]]:
+        """The first sample and the weights of each."""
+        sizes = [len(part.splits["train"].tokens_N) for part in self.parts.values()]
+        factors = [1.0 if self._temperature is None else size ** (1 / self._temperature) for size in sizes]
+        return [(start, tuple(w * f for w, f in zip(each, factors, strict=True))) for start, each in self._given]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources, in the last phase."""
+        return self._phases()[-1][1]
+
+    def describe(self) -> str:
+        """For the banner."""
+        parts = "".join(f"\n              {name}: {part.describe()}" for name, part in self.parts.items())
+        return f"a blend of {len(self.parts)} sources, digest {self.digest}{parts}"
+
+
+@contextlib.contextmanager
+def named(source: str) -> Iterator[None]:
+    """Errors get the source's name, if it has one."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"source {source}: {error}" if source else str(error)) from error
 
 
 class Gzip:

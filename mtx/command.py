@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import re
 from pathlib import Path
@@ -80,6 +81,12 @@ def simulate(devices: int) -> None:
     # XLA's threads, else as many as cores or devices, whichever is more: a device may block several of them in
     # collectives that do not depend on one another, and none is left for those that they wait for.
     os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
+
+
+def log_to_stderr(first: bool = True) -> None:
+    """Logging to standard error; processes other than the first only warn."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("mtx").setLevel(logging.INFO if first else logging.WARNING)
 
 
 def run_folder(flags: argparse.Namespace, words: list[str], verb: str) -> tuple[Path, list[str]]:

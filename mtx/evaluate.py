@@ -10,14 +10,15 @@ import jax
 import numpy as np
 
 from data import SeqioTask
-from data.objectives.row import Example, examples_row
-from data.seqio_task.metrics import Question, evaluate
+from data.batches.objectives.row import Example, examples_row
+from data.sources.seqio_task.metrics import Question, evaluate
 from mtx import config as configs
 from mtx import decode
-from mtx.command import run_folder
+from mtx.building import Opened, open_run
+from mtx.command import log_to_stderr, run_folder
 from mtx.decode import Sampling
 from mtx.errors import ConfigError, DataError
-from mtx.train import Opened, open_run, talk, validate
+from mtx.validation import validate
 
 LONGER = 2
 """An answer is cut off when it is so many times as long as the longest right one."""
@@ -35,7 +36,7 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     folder, overrides = run_folder(flags, words, "eval")
     if flags.metrics is not None:
         refuse_metrics(folder, overrides, flags)
-    talk()
+    log_to_stderr()
     run = open_run(folder, overrides, flags.step)
     eval_fn = jax.jit(run.program.eval_sums)
     with jax.set_mesh(run.program.mesh):

@@ -14,12 +14,12 @@ import jax
 from data import Loader
 from data.tokenizer import Tokenizer
 from mtx import decode
-from mtx.command import run_folder
+from mtx.building import open_run
+from mtx.command import log_to_stderr, run_folder
 from mtx.decode import Sampling
 from mtx.errors import ConfigError
 from mtx.spmd import Params
 from mtx.step import Program
-from mtx.train import open_run, talk
 
 log = logging.getLogger("mtx")
 
@@ -67,7 +67,7 @@ def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:
     folder, overrides = run_folder(flags, words, "generate")
 
     def opened() -> tuple[Program, Params, Loader]:
-        talk()
+        log_to_stderr()
         run = open_run(folder, overrides, flags.step)
         return run.program, run.params, run.loader
 

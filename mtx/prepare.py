@@ -6,7 +6,8 @@ import shlex
 from typing import Any
 
 from data import Prepared, sources_of
-from data.blended import named, shards_of
+from data.corpus import named
+from data.sources.blend import shards_of
 from mtx.config import Loaded, check, load
 from mtx.errors import ConfigError, DataError
 
@@ -66,6 +67,8 @@ def run(loaded: Loaded, *, workers: int | None = None, **_: Any) -> None:
     Raises: ConfigError for a config that could not train either; DataError.
     """
     check(loaded.config)
+    for remark in loaded.remarks:
+        print(remark)
     for name, data in sources_of(loaded.config.data).items():
         if name:
             print(f"source {name}")

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from data.objectives import Draws, Frame, Row, Specials, generator
-from data.packing import Window, cut, window_count
+from data.batches.objectives import Draws, Frame, Row, Specials, generator
+from data.batches.packing import Window, cut, window_count
 from data.tokenizer import ByteTokenizer
 
 E = ByteTokenizer.end_of_document

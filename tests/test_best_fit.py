@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.objectives import Bins, Completion, DocumentRows, Frame, Specials, best_fit, documents_row
-from data.packing import pack
+from data.batches.objectives import Bins, Completion, DocumentRows, Frame, Specials, best_fit, documents_row
+from data.batches.packing import pack
 
 E = 256
 CASES = settings(max_examples=100, deadline=None, derandomize=True, database=None)

@@ -1,83 +1,62 @@
-"""Blends: every prefix has its shares, any sample is found at once, phases replay nothing."""
+"""Blends through the command line: prepared, trained, measured source by source, and changed on the way."""
 
-from fractions import Fraction
+from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import runs
 
-from data import blend
-from data.blend import Order, period
+CONFIG = '''"""A blend of two folders."""
 
-MT_NLG = {
-    "Books3": (25.7, 14.3, 1.5), "OpenWebText2": (14.8, 19.3, 3.6), "Stack Exchange": (11.6, 5.7, 1.4),
-    "PubMed Abstracts": (4.4, 2.9, 1.8), "Wikipedia": (4.2, 4.8, 3.2), "Gutenberg": (2.7, 0.9, 0.9),
-    "BookCorpus2": (1.5, 1.0, 1.8), "NIH ExPorter": (0.3, 0.2, 1.8), "Pile-CC": (49.8, 9.4, 0.5),
-    "ArXiv": (20.8, 1.4, 0.2), "GitHub": (24.3, 1.6, 0.2), "CC-2020-50": (68.7, 13.0, 0.5),
-    "CC-2021-04": (82.6, 15.7, 0.5), "RealNews": (21.9, 9.0, 1.1), "CC-Stories": (5.3, 0.9, 0.5),
-}  # fmt: skip
-"""Billions of tokens, weight in percent and epochs of 270 billion (Smith et al. 2022, table 2)."""
-WEIGHTS = tuple(weight for _, weight, _ in MT_NLG.values())
+import dataclasses
+
+from configs.quickstart import get_config as quickstart
+from data import Blend, Phase, TextFiles, Weighted
 
 
-def check_prefixes(weights: tuple[float, ...]) -> None:
-    found = period(weights)
-    length = len(found.source_P)
-    counts = np.cumsum(found.source_P[:, None] == np.arange(len(weights)), axis=0)
-    shares = found.counts_S[None] * np.arange(1, length + 1)[:, None] / length
-    assert np.abs(counts - shares).max() < 1
-    assert (counts[-1] == found.counts_S).all()
+def get_config():
+    def source(name, weight):
+        paths, folder = "{here}/" + name, "{here}/shards/" + name
+        return Weighted(name=name, weight=weight, data=TextFiles(paths=paths, folder=folder, split="8,2"))
+
+    sources = (source("ducks", 3.0), source("geese", {weight}))
+    return dataclasses.replace(quickstart(), data=Blend(sources=sources, phases=({phases})))
+'''
 
 
-def test_the_fifteen_sources_of_mt_nlg():
-    """Every prefix is within one sample of its shares, and 270 billion tokens make the table's epochs."""
-    check_prefixes(WEIGHTS)
-    assert len(period(WEIGHTS).source_P) == 1001, "they sum to 100.1 %"
-    samples = 270_000_000_000 // 2048
-    counts = Order((0,), (WEIGHTS,)).counts(samples)
-    for (tokens, _, epochs), count in zip(MT_NLG.values(), counts, strict=True):
-        assert count * 2048 / (tokens * 1e9) == pytest.approx(epochs, abs=0.12)
+@pytest.fixture
+def blend(tmp_path: Path):
+    """Writes the config; returns the words that name it."""
+    for name, sound in (("ducks", "quack"), ("geese", "honk")):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            (tmp_path / name / f"{i}.txt").write_text(f"{name} {i} said " + f"{sound} {i} " * 60)
+
+    def write(weight: float = 1.0, phases: str = "") -> list[str]:
+        (tmp_path / "blend.py").write_text(CONFIG.format(here=tmp_path, weight=weight, phases=phases))
+        return ["--config", str(tmp_path / "blend.py"), "--devices", "1"]
+
+    return write
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=24).filter(any))
-def test_every_prefix_of_any_weights(weights: list[int]):
-    check_prefixes(tuple(map(float, weights)))
+def test_a_blend_is_prepared_trained_and_measured_by_source(blend, tmp_path: Path):
+    said = runs.train(tmp_path / "run", *blend(), "steps=4", "eval_every=0")
+    assert "source ducks" in said and "source geese" in said
+    assert "ducks: 24 samples (75.00%)" in said and "geese: 8 samples (25.00%)" in said
+    last = runs.rows(tmp_path / "run")[-1]
+    assert 3 * last["val/ducks/loss"] + last["val/geese/loss"] == pytest.approx(4 * last["val/loss"])
+    assert {"val/ducks/bits_per_byte", "val/geese/perplexity"} <= last.keys()
 
 
-@pytest.mark.parametrize("weights", [(0.31415926, 0.7), (0.123456789, 1.0, 1e-9), (np.pi, np.e, 0.0)])
-def test_weights_without_a_short_period_are_rounded(weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blend, "LONGEST_PERIOD", 4096)
-    period.cache_clear()
-    found = period(weights)
-    check_prefixes(weights)
-    period.cache_clear()
-    assert len(found.source_P) == 4096
-    for share, weight in zip(found.counts_S / 4096, weights, strict=True):
-        assert share == pytest.approx(weight / sum(weights), abs=len(weights) / 4096)
-        assert (share > 0) == (weight > 0), "the smallest has a sample"
-
-
-def test_a_source_s_samples_come_in_order_and_all():
-    order = Order((0, 700, 1500), ((3.0, 1.0, 0.0), (1.0, 1.0, 2.0), WEIGHTS[:3]))
-    found = [order.locate(i) for i in range(4000)]
-    for source in range(3):
-        assert [own for s, own in found if s == source] == list(range(sum(s == source for s, _ in found)))
-    for samples in (0, 1, 699, 700, 701, 1500, 4000):
-        wanted = np.bincount([s for s, _ in found[:samples]], minlength=3)
-        np.testing.assert_array_equal(order.counts(samples), wanted)
-
-
-def test_a_later_phase_changes_nothing_before_it():
-    plain = Order((0,), ((3.0, 1.0),))
-    phased = Order((0, 500), ((3.0, 1.0), (1.0, 5.0)))
-    assert [phased.locate(i) for i in range(500)] == [plain.locate(i) for i in range(500)]
-    assert [phased.locate(i) for i in range(500, 900)] != [plain.locate(i) for i in range(500, 900)]
-
-
-def test_far_samples_are_found_at_once():
-    order = Order((0,), (WEIGHTS,))
-    far = 10**15
-    source, own = order.locate(far)
-    assert abs(own - Fraction(str(WEIGHTS[source])) * far / Fraction("100.1")) < 1
+@pytest.mark.slow
+def test_weights_change_by_phases_that_have_not_begun(blend, tmp_path: Path):
+    workdir = tmp_path / "run"
+    runs.train(workdir, *blend(), "steps=4", "eval_every=0")
+    said = runs.train(workdir, *blend(weight=2.0), "steps=6", "eval_every=0", code=64)
+    assert "data.sources[1].weight: 1.0 -> 2.0" in said
+    assert "Other weights from here on are a phase: Phase(start_sample=32, weights=(...))." in said
+    late = "Phase(start_sample=32, weights=(0.0, 1.0)),"
+    said = runs.train(workdir, *blend(phases=late), "steps=6", "eval_every=0")
+    assert "resumed     step 4" in said and "geese: 24 samples (50.00%)" in said
+    early = "Phase(start_sample=16, weights=(0.0, 1.0)),"
+    said = runs.train(workdir, *blend(phases=early), "steps=8", "eval_every=0", code=64)
+    assert "data.phases[0].start_sample: 32 -> 16" in said

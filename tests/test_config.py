@@ -11,7 +11,7 @@ import mistakes_of_data
 import pytest
 from mistakes_of_configs import FILE, FILE_MISTAKES, MISTAKES, OVERRIDE_MISTAKES, QUICKSTART, TEXT, line_of
 
-from data import Bpe, Skip, TextFiles
+from data import Bpe, Skip, TextFiles, TfdsText, WordPiece
 from mtx import config as configs
 from mtx.attention import AttentionConfig
 from mtx.checkpoint import Checkpoints
@@ -322,13 +322,28 @@ def test_values_are_read_by_the_field_s_type(load, word, path, value):
 def test_a_union_s_class_is_chosen_by_name_and_keeps_optional_fields_that_the_file_set(load):
     lion = load("optimizer=Lion optimizer.b1=0.95").config.optimizer
     schedule = Cosine(peak_lr=3e-3, warmup=Fraction(share=0.1))
-    assert lion == Lion(schedule=schedule, b1=0.95, b2=0.98)
+    assert lion == Lion(schedule=schedule, b1=0.95, b2=0.99)  # AdamW's b2 is another thing
     sgd = load("optimizer=Sgd optimizer.schedule=Linear").config.optimizer
     assert sgd == Sgd(schedule=Linear(peak_lr=3e-3, warmup=Fraction(share=0.1)))
     assert sgd.weight_decay == 0.0  # Sgd's default, not AdamW's
     assert load("partition=Compiled").config.partition == Compiled()
     assert load("model.mlp=SwiGLU model.mlp.width=64").config.model.mlp == SwiGLU(width=64)
     assert load("optimizer=AdamW").config == load().config
+
+
+def test_what_a_class_of_the_command_line_keeps_is_said(load):
+    """Fields that a base of both classes declares; what each declares for itself is its own."""
+    assert load("optimizer.b1=0.95").remarks == ()
+    (said,) = load("optimizer=Lion").remarks
+    assert said == "optimizer=Lion keeps schedule of AdamW; it has its own b2=0.99, not 0.98 as AdamW had."
+    (said,) = load("optimizer=Lion optimizer.b2=0.95").remarks
+    assert said == "optimizer=Lion keeps schedule of AdamW."
+    words = f"{TEXT}data.tokenizer=Bpe data.tokenizer.vocab_size=4096 data.split=8,1,1"
+    config = load(words).config
+    other = configs.override(config, ["data.tokenizer=WordPiece"])
+    assert other.data.tokenizer == WordPiece(vocab_size=4096)
+    tfds = configs.override(config, ["data=TfdsText", "data.name=my_corpus"])
+    assert tfds.data == TfdsText(name="my_corpus", tokenizer=Bpe(vocab_size=4096)), "its split is another thing"
 
 
 def test_a_part_that_may_be_none_is_chosen_and_removed(load):
@@ -364,7 +379,7 @@ def test_the_order_of_overrides_does_not_matter(load):
     found = {load(" ".join(order)).config for order in (words, words[::-1], words[2:] + words[:2])}
     assert found == {load(" ".join(words)).config}
     optimizer = found.pop().optimizer
-    assert optimizer == Lion(schedule=Linear(peak_lr=3e-3, warmup=Tokens(count=9)), b1=0.95, b2=0.98)
+    assert optimizer == Lion(schedule=Linear(peak_lr=3e-3, warmup=Tokens(count=9)), b1=0.95)
 
 
 def test_a_length_in_other_units_must_be_said_again(load):
@@ -380,7 +395,7 @@ def test_each_value_says_where_it_came_from(load):
     assert loaded.origin("seed") == "command line"
     assert loaded.origin("optimizer") == "command line"
     assert loaded.origin("optimizer.b1") == "command line"
-    assert loaded.origin("optimizer.b2") == f"{here}:{line_of('b2=0.98')}"
+    assert loaded.origin("optimizer.b2") == "default"  # Lion's own
     assert loaded.origin("optimizer.weight_decay") == "default"
     assert loaded.origin("optimizer.schedule.peak_lr") == f"{here}:{line_of('peak_lr')}"
     assert loaded.origin("optimizer.schedule.final_share") == "default"

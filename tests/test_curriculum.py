@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.curriculum import Curriculum, FixedDiscrete, FixedLinear, FixedRoot, LengthWarmup, easiest_first
+from data.batches.curriculum import Curriculum, FixedDiscrete, FixedLinear, FixedRoot, LengthWarmup, easiest_first
 
 CASES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

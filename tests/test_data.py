@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from data import Batch, Concatenate, Corpus, Loader, Pick, PythonDocs, Split
-from data.packing import window_count
-from data.python_docs import module_documents, topic_documents
+from data.batches.packing import window_count
+from data.sources.python_docs import module_documents, topic_documents
 from data.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -232,13 +232,18 @@ def without_noise(case: Case, params: dict) -> dict:
     ids=str,
 )
 def test_initial_weights(mesh: tuple[int, int, int]):
-    p = toys.program(toys.GPT, mesh, zero=3 if mesh[1] > 1 else 0)
+    p = toys.program(toys.GPT, mesh, zero=3 if mesh[1] > 1 else 0, optimizer=AdamW())
     found, wanted = p.init(7), toys.program(toys.GPT).init(7)
     for (name, x), y in zip(flatten(found.params).items(), flatten(wanted.params).values(), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-6, err_msg=name)
         assert x.sharding == flatten(p.shardings("weights"))[name]
-    moments = flatten(dataclasses.asdict(found)["params"])
-    assert moments.keys() == flatten(p.weights).keys()
+    state = jax.tree.leaves(found.moments, is_leaf=lambda x: isinstance(x, dict))
+    moments = [flatten(tree) for tree in state if isinstance(tree, dict)]
+    assert len(moments) == 2, "AdamW has two for each weight"
+    for moment in moments:
+        assert {name: x.shape for name, x in moment.items()} == {n: w.shape for n, w in flatten(p.weights).items()}
+        assert {name: x.sharding for name, x in moment.items()} == flatten(p.shardings("optimizer"))
+        assert not any(np.asarray(x).any() for x in moment.values())
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)

@@ -16,7 +16,7 @@ from test_tokenizer import TEXTS
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import Gpt2, TextFiles
-from data.python_docs import module_documents, topic_documents
+from data.sources.python_docs import module_documents, topic_documents
 from data.tokenizer import Gpt2Tokenizer, gpt2, read_file
 
 if not Gpt2().exists():

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import fnmatch
+import graphlib
 import importlib.util
 import re
 import subprocess
@@ -19,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mtx", "pallas_kernels", "data", "configs")
 OURS = {*PACKAGES, "main", "tests", "benchmarks"}
 
-# A module of mtx imports only modules before it. Add a new one where it belongs, here and in the README's tree.
-VERBS = ("evaluate", "generate", "prepare", "data_tools", "convert", "doctor", "launch", "compare")
+# A module or folder of mtx imports only those before it. Add a new one where it belongs, here and in the README's tree.
+VERBS = ("train", "evaluate", "generate", "prepare", "data_tools", "convert", "doctor", "launch", "compare")
 ORDER = (
     *(
         "errors",
@@ -37,16 +38,22 @@ ORDER = (
         "losses",
         "optim",
     ),
-    *("pipeline", "step", "decode", "checkpoint", "metrics", "config", "plan", "train"),
+    *("pipeline", "step", "decode", "checkpoint", "metrics", "config", "building", "validation", "plan"),
     *VERBS,
 )
+# The same inside data/: from text to tokens, to shards, to batches.
+DATA_ORDER = (
+    *("workers", "tensorflow_process", "documents", "files", "tokenizer", "shards", "mixing", "corpus", "statistics"),
+    *("prepare", "batches", "sources", "export", "get"),
+)
+ORDERS = {"mtx": ORDER, "data": DATA_ORDER}
 MAY_IMPORT_KERNELS = {"attention", "moe", "losses", "optim"}
 FOR_EVERYBODY = {"pallas_kernels.masks", "pallas_kernels.threefry", "pallas_kernels.attention"}
-MAY_IMPORT_DATA = {"config", "train", *VERBS}
+MAY_IMPORT_DATA = {"config", "building", "validation", *VERBS}
 
 # Test files that are about no single module.
 CROSS_CUTTING = {"house", "data", "equality", "census", "parity", "processes", "debug_configs"}
-CROSS_CUTTING |= {"pipelined", "pipeline_census", "objective_meshes", "letters"}
+CROSS_CUTTING |= {"pipelined", "pipeline_census", "objective_meshes", "letters", "gpu_day"}
 
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 LAZY = (
@@ -104,8 +111,14 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").is_file() or path.is_dir()
 
 
+def folders(name: str) -> set[str]:
+    """The packages that a module is in, and the module itself."""
+    parts = name.split(".")
+    return {".".join(parts[: i + 1]) for i in range(len(parts))}
+
+
 def room(name: str) -> str:
-    """mtx.config.root -> config: what stands in ORDER."""
+    """mtx.config.root -> config: what stands in an order."""
     return name.split(".")[1] if "." in name else ""
 
 
@@ -116,30 +129,37 @@ def broken_law(name: str, target: str) -> str | None:
         return None
     if target_package in ("main", "tests", "benchmarks"):
         return f"nothing imports {target_package}"
-    if package == target_package and package != "mtx":
-        return None
+    if package == target_package:
+        return broken_order(package, room(name), room(target))
     if package in ("pallas_kernels", "data"):
         return f"{package}/ is a leaf"
     if package == "configs":
         return None
-    here, there = room(name), room(target)
+    here = room(name)
     if target_package == "configs":
         return "mtx does not know its configs"
     if target_package == "data":
         return None if here in MAY_IMPORT_DATA else f"only {', '.join(sorted(MAY_IMPORT_DATA))} import data"
-    if target_package == "pallas_kernels":
-        allowed = here in MAY_IMPORT_KERNELS or target in FOR_EVERYBODY
-        return None if allowed else f"only {', '.join(sorted(MAY_IMPORT_KERNELS))} import kernels"
-    if here == there or not there:
+    allowed = here in MAY_IMPORT_KERNELS or target in FOR_EVERYBODY
+    return None if allowed else f"only {', '.join(sorted(MAY_IMPORT_KERNELS))} import kernels"
+
+
+def broken_order(package: str, here: str, there: str) -> str | None:
+    """The same within a package, of modules or folders directly in it; its own `__init__` has no name."""
+    if package not in ORDERS or here == there or not there:
         return None
-    if here in VERBS and there in VERBS:
+    if package == "mtx" and here in VERBS and there in VERBS:
         return "a verb imports no other verb"
-    before = ORDER[: ORDER.index(here)] if here in ORDER else ()
-    return None if there in before else f"{there} does not come before {here or 'mtx'}"
+    if package == "data" and not here:
+        return None  # the door of data/ opens all of it; that of mtx imports nothing
+    order = ORDERS[package]
+    before = order[: order.index(here)] if here in order else ()
+    return None if there in before else f"{there} does not come before {here or package}"
 
 
-def test_every_module_of_mtx_has_its_place_in_the_order() -> None:
-    assert {room(name) for name in modules("mtx")} - {""} <= set(ORDER)
+@pytest.mark.parametrize("package", ORDERS)
+def test_every_module_has_its_place_in_the_order(package: str) -> None:
+    assert {room(name) for name in modules(package)} - {""} <= set(ORDERS[package])
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -153,6 +173,19 @@ def test_import_law(package: str) -> None:
         if (why := broken_law(name, target))
     ]
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_modules_import_one_another_in_a_circle(package: str) -> None:
+    """Inside folders too. Importing a module runs the `__init__` of each folder above it that does not run yet."""
+    files, graph = modules(package), {}
+    for name, path in files.items():
+        targets = files.keys() & set(imports(name, path))
+        graph[name] = targets.union(*map(folders, targets)) - folders(name) | (targets - {name})
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" is imported by ".join(error.args[1]))
 
 
 def test_no_module_has_a_vague_name() -> None:
@@ -301,7 +334,8 @@ def test_readme_tree_is_the_tree_on_disk() -> None:
     assert {path for path in listed if path.count("/") == 1 and path.endswith("/")} == {
         path for path in on_disk() if path.endswith("/")
     }
-    assert {path for path in listed if path.startswith("mtx/") and path != "mtx/"} == on_disk("mtx/")
+    for folder in ("mtx/", "data/"):
+        assert {path for path in listed if path.startswith(folder) and path != folder} == on_disk(folder)
     assert not {path for path in listed if not (ROOT / path).exists()}
 
 

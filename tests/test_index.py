@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import index as index_module
 from data.corpus import Split
-from data.index import DTYPES, Index, open_index
-from data.shards import Writer
+from data.shards.format import Writer
+from data.shards.index import DTYPES, Index, open_index
 
 HEADER = 34
 """Bytes before the lengths."""
@@ -59,7 +58,7 @@ def test_documents_of_several_sequences_in_every_type(code: int, tmp_path: Path)
 def test_any_documents_in_any_chunks(tmp_path_factory, documents: list[list[list[int]]], chunk: int) -> None:
     path = megatron(tmp_path_factory.mktemp("shards"), documents, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "CHUNK", chunk)
+        patch.setattr("data.shards.index.CHUNK", chunk)
         index = open_index(path)
     assert lengths(index).tolist() == [sum(map(len, document)) for document in documents]
     assert index.map_tokens().tolist() == [t for document in documents for sequence in document for t in sequence]
@@ -116,7 +115,7 @@ SCANNED = {
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.parametrize("name", [*DAMAGE, *SCANNED])
 def test_damage_is_named(name: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "CHUNK", chunk)
+    monkeypatch.setattr("data.shards.index.CHUNK", chunk)
     path = megatron(tmp_path, [[[1, 2, 3], [4]], [[5, 6]]])
     assert path.stat().st_size == 94
     damage, message = {**DAMAGE, **SCANNED}[name]

@@ -15,8 +15,8 @@ import seqio_project
 from seqio_project import task
 
 from data import BestFit, Completion, Curriculum, FillInTheMiddle, Live, LiveLoader, LiveText
-from data.curriculum import FixedLinear
-from data.packing import pack, window_count
+from data.batches.curriculum import FixedLinear
+from data.batches.packing import pack, window_count
 from mtx.errors import ConfigError, Stopped
 
 pytest.importorskip("seqio", reason="needs the seqio extra")

@@ -27,8 +27,8 @@ from data import (
     SpanCorruption,
     Weighted,
 )
-from data.curriculum import FixedLinear, MetricFile, Rarity
-from data.specials import NAMES, specials
+from data.batches.curriculum import FixedLinear, MetricFile, Rarity
+from data.batches.special_tokens import NAMES, specials
 from data.tokenizer import ByteTokenizer
 
 T = 32
@@ -48,7 +48,7 @@ def blended(weights: tuple[float, ...] = (5, 3, 2), caps: tuple[float | None, ..
         Weighted(name=name, data=PythonDocs(), weight=weight, max_epochs=cap)
         for name, weight, cap in zip(SOURCES, weights, caps, strict=True)
     )
-    return Blended(Blend(sources=sources, **rest), SOURCES)
+    return Blend(sources=sources, **rest).blended(SOURCES)
 
 
 def source_of(row: np.ndarray) -> str:
@@ -104,7 +104,7 @@ def test_a_source_that_reached_its_epochs_is_left_out() -> None:
 def test_temperature_evens_out_sizes(temperature: float, expected: list[float]) -> None:
     parts = {name: corpus(texts(20, 60, name) * 4**i) for i, name in enumerate("abc")}
     sources = tuple(Weighted(name=name, data=PythonDocs()) for name in parts)
-    blend = Blended(Blend(sources=sources, temperature=temperature), parts)
+    blend = Blend(sources=sources, temperature=temperature).blended(parts)
     counts = Loader(corpus=blend, sequence_length=T).blend.counts(2**16)
     np.testing.assert_allclose(counts / counts[0], expected, rtol=1e-3)
 
@@ -270,13 +270,13 @@ def test_a_blend_of_two_tokenizers_is_refused() -> None:
     object.__setattr__(parts["b"], "tokenizer", ByteTokenizer(digest="other"))
     sources = tuple(Weighted(name=name, data=PythonDocs()) for name in parts)
     with pytest.raises(ValueError, match="sources a and b have different tokenizers"):
-        Blended(Blend(sources=sources), parts)
+        Blend(sources=sources).blended(parts)
 
 
 def test_sources_without_the_split_are_left_out_of_it() -> None:
     parts = dict(SOURCES) | {"b": corpus(texts(3, 60, "b"))}
     sources = tuple(Weighted(name=name, data=PythonDocs()) for name in parts)
-    held_out = Loader(corpus=Blended(Blend(sources=sources), parts), sequence_length=T).held_out("validation")
+    held_out = Loader(corpus=Blend(sources=sources).blended(parts), sequence_length=T).held_out("validation")
     assert list(held_out) == ["a", "c"]
     rows, split = held_out["a"]
     batch = rows.batch([Pick(0, row) for row in range(len(rows))])

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tensorflow_datasets as tfds
 
-from data.loose_json import LooseJson
-from data.loose_json.__main__ import main
+from data.export.loose_json import LooseJson
+from data.export.loose_json.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +49,7 @@ def test_the_command_writes_it_without_tensorflow() -> None:
     texts = write("text/a.jsonl", 20)
     program = """
 import sys
-from data.loose_json.__main__ import main
+from data.export.loose_json.__main__ import main
 assert main(["text", "--name", "toy", "--data-dir", "tfds"]) == 0
 assert main(["text", "--name", "toy", "--data-dir", "tfds"]) == 65
 assert main(["text", "--name", "toy", "--data-dir", "tfds", "--version", "1.0.1"]) == 0

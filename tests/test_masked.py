@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import CASES, TEXTS, E, draws, frame, is_row, likely, stream, windows
 
-from data.objectives import CausalLm, Chunk, MaskedLm, Row, SentencePairs, stack
-from data.objectives.masked import truncated
+from data.batches.objectives import CausalLm, Chunk, MaskedLm, Row, SentencePairs, stack
+from data.batches.objectives.masked import truncated
 
 # Masked
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Bpe, Bytes, Gpt2, Loader, MegatronShards, TokenizerFile, megatron_shards
-from data.index import DTYPES
-from data.megatron_shards import _Joined
-from data.shards import Writer
+from data import Bpe, Bytes, Gpt2, Loader, MegatronShards, TokenizerFile
+from data.shards.format import Writer
+from data.shards.index import DTYPES
+from data.sources import megatron_shards
+from data.sources.megatron_shards import _Joined
 from data.tokenizer import ByteTokenizer
 
 END = ByteTokenizer.end_of_document

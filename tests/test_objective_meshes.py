@@ -11,10 +11,10 @@ from corpora import corpus
 
 from data import CausalLm, MaskedLm, PrefixLm, PythonDocs, SentencePairs, SpanCorruption
 from mtx import config as configs
+from mtx.building import build, make_loader
 from mtx.model import flatten
 from mtx.pipeline import OneFOneB
 from mtx.spmd import Compiled
-from mtx.train.build import build
 
 BOTH = dataclasses.replace(toys.GPT, causal=False)
 MODELS = {"prefix": toys.LLAMA, "both": BOTH, "pairs": dataclasses.replace(BOTH, pairs=True)}
@@ -103,7 +103,7 @@ def test_a_config_s_rows_fit_its_program(words: dict):
     )
     configs.check(config, 8)
     sentences = corpus([[b"One sentence. ", b"Another. ", b"The third of them. "] for _ in range(40)])
-    loader = configs.loader(config, sentences if pairs else PythonDocs().load())
+    loader = make_loader(config, sentences if pairs else PythonDocs().load())
     p = build(config, jax.devices())
     placed = p.place({name: x[None] for name, x in loader.train(range(8)).items()}, p.batch_spec)
     expected = p.abstract_batch(1, 8, 128)

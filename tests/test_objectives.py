@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import CASES, SPECIALS, TEXTS, E, draws, equally_likely, frame, is_row, likely, same, stream, windows
 
-from data.objectives import (
+from data.batches.objectives import (
     CausalLm,
     Completion,
     FillInTheMiddle,
@@ -26,10 +26,10 @@ from data.objectives import (
     generator,
     stack,
 )
-from data.objectives.draws import permuted
-from data.objectives.fim import invert
-from data.objectives.row import documents
-from data.packing import pack
+from data.batches.objectives.draws import permuted
+from data.batches.objectives.fim import invert
+from data.batches.objectives.row import documents
+from data.batches.packing import pack
 from data.tokenizer import Bpe, JsonTokenizer
 from pallas_kernels.masks import Causal, Documents, Prefix, bind
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.pieces import Draft, Pieces, name_of
+from data.prepare.pieces import Draft, Pieces, name_of
 
 
 def make(pieces: Pieces, name: str, content: bytes = b"tokens") -> None:

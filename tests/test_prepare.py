@@ -19,8 +19,9 @@ import zstandard
 from test_text_files import write_text
 
 import main
-from data import Bpe, Bytes, Fail, Gpt2, SentencePiece, Skip, TextFiles, TokenizerFile, shards
-from data.manifest import Manifest
+from data import Bpe, Bytes, Fail, Gpt2, SentencePiece, Skip, TextFiles, TokenizerFile
+from data.shards.format import verify
+from data.shards.manifest import Manifest
 from mtx import config as configs
 from mtx import prepare
 from mtx.config import Loaded
@@ -55,7 +56,7 @@ def child(config: TextFiles, *, stop_at: str = "", wait_s: float = 60.0, workers
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from data import *
-from data import prepare
+from data.prepare import run
 
 def progress(line):
     print(line, flush=True)
@@ -63,7 +64,7 @@ def progress(line):
         time.sleep({wait_s})
 
 if {workers} > 1:
-    prepare.UNIT_BYTES, prepare.ALONE_BYTES = {UNIT}, 0
+    run.UNIT_BYTES, run.ALONE_BYTES = {UNIT}, 0
 {config!r}.prepare(progress, workers={workers or None})
 """
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -87,8 +88,8 @@ def end(process: subprocess.Popen, sign: int = signal.SIGKILL) -> None:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small texts are shared out too."""
-    monkeypatch.setattr("data.prepare.UNIT_BYTES", UNIT)
-    monkeypatch.setattr("data.prepare.ALONE_BYTES", 0)
+    monkeypatch.setattr("data.prepare.run.UNIT_BYTES", UNIT)
+    monkeypatch.setattr("data.prepare.run.ALONE_BYTES", 0)
 
 
 def every_kind(folder: Path) -> None:
@@ -115,8 +116,8 @@ def test_the_number_of_workers_changes_nothing(tokenizer, monkeypatch: pytest.Mo
     config = TextFiles(paths="text", tokenizer=tokenizer, split="8,1,1", cut_text_bytes=500, bad_records=Skip(budget=9))
     whole = dataclasses.replace(config, folder="whole")
     whole.prepare(lambda line: None, workers=1)
-    monkeypatch.setattr("data.prepare.UNIT_BYTES", UNIT)
-    monkeypatch.setattr("data.prepare.ALONE_BYTES", 0)
+    monkeypatch.setattr("data.prepare.run.UNIT_BYTES", UNIT)
+    monkeypatch.setattr("data.prepare.run.ALONE_BYTES", 0)
     found = []
     for workers in 1, 2, 3:
         one = dataclasses.replace(config, folder=str(workers))
@@ -162,8 +163,8 @@ def test_a_file_of_several_units_that_breaks_off_leaves_no_trace(monkeypatch: py
     config.prepare(lambda line: None)
     (broken,) = (source for source in config.manifest().sources if source.name.endswith("parquet"))
     assert broken.bad == {"damaged parquet": 1, "null": 10} and not broken.documents and broken.sha256 is None
-    monkeypatch.setattr("data.prepare.UNIT_BYTES", UNIT)
-    monkeypatch.setattr("data.prepare.ALONE_BYTES", 0)
+    monkeypatch.setattr("data.prepare.run.UNIT_BYTES", UNIT)
+    monkeypatch.setattr("data.prepare.run.ALONE_BYTES", 0)
     for workers in 1, 3:
         one = dataclasses.replace(config, folder=str(workers))
         one.prepare(lambda line: None, workers=workers)
@@ -333,7 +334,7 @@ def test_kills_at_any_time_leave_nothing_half() -> None:
         end(process)
         if config.is_prepared():
             for name, shard in Manifest.read(Path("shards")).splits.items():
-                shards.verify(Path("shards"), name, shard)
+                verify(Path("shards"), name, shard)
         if i % 2:
             os.utime("text/0.jsonl", (i, i))  # so that the next one has work to do
     config.prepare(lambda line: None)
@@ -351,7 +352,7 @@ def test_a_kill_among_the_renames_leaves_no_manifest() -> None:
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from data import *
-from data.shards import Writer
+from data.shards.format import Writer
 
 def publish(writer, whole=Writer.publish):
     whole(writer)
@@ -514,7 +515,7 @@ def test_the_yardstick_is_gzip_of_the_validation_text() -> None:
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.shards.UINT16_VOCABULARY", 200)
+    monkeypatch.setattr("data.shards.format.UINT16_VOCABULARY", 200)
     write_text(Path("text"))
     config = TextFiles(paths="text")
     config.prepare(lambda line: None)
@@ -527,9 +528,9 @@ import os, subprocess, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from data import *
-from data import prepare
+from data.prepare import run
 
-prepare.UNIT_BYTES, prepare.ALONE_BYTES = {unit}, 0
+run.UNIT_BYTES, run.ALONE_BYTES = {unit}, 0
 os.mkdir("disk")
 if subprocess.run(["mount", "-t", "tmpfs", "-o", "size={size}k", "tmpfs", "disk"]).returncode:
     sys.exit(77)

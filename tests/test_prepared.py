@@ -12,8 +12,8 @@ SOURCE = '''
 import dataclasses
 import sys
 from data import Bytes, Fail, Prepared, Skip
-from data.prepared import Part, Slice, Tokenized
-from data.streams import Bad, BadFile
+from data.documents import Part, Slice, Tokenized
+from data.documents import Bad, BadFile
 import numpy as np
 
 
@@ -74,7 +74,7 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "heavy.py").write_text('MARK = "!"\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("data.prepare.UNIT_BYTES", 10_000)
+    monkeypatch.setattr("data.prepare.run.UNIT_BYTES", 10_000)
     sys.modules.pop("counted", None)
     import counted  # pyrefly: ignore
 

@@ -15,9 +15,8 @@ import pytest
 import zstandard
 
 from data import Fail, Skip, TextFiles
-from data.prepared import Reading
-from data.records import Limits, documents
-from data.streams import BadFile
+from data.documents import BadFile, Reading
+from data.files.records import Limits, documents
 
 GOOD = [f"document {i}: \u00e9 and more\n" for i in range(4)]
 MOST = 4_000_000

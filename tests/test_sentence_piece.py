@@ -14,7 +14,7 @@ from test_tokenizer import LEARNED as FEW
 from test_tokenizer import TEXTS
 
 from data import SentencePiece, SentencePieceFile
-from data.python_docs import topic_documents
+from data.sources.python_docs import topic_documents
 from data.tokenizer import SentencePieceTokenizer, read_file
 
 NAMES = ["<pad>", "</s>", "<unk>", "<mask>", "<cls>", "<sep>", "<extra_id_0>", "<extra_id_1>"]

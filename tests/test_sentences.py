@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.sentences import sentences
+from data.files.sentences import sentences
 
 PARTS = [
     "Mr. Smith",

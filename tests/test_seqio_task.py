@@ -11,8 +11,8 @@ import seqio_project
 from seqio_project import task
 
 from data import Blend, Blended, Loader, SentencePiece, SeqioTask, Weighted, sources_of
-from data.apart import Wrong
-from data.seqio_task import inside, vocabulary
+from data.sources.seqio_task import inside, vocabulary
+from data.tensorflow_process import Wrong
 from data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 pytest.importorskip("seqio", reason="needs the seqio extra")
@@ -77,7 +77,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(project)!r}]
 import numpy as np
 from data import *
-from data.prepared import Fail
+from data.prepare.source import Fail
 config = {mixture!r}
 assert list(config.check()) == [] and config.vocab_size == 269
 loader = Loader(corpus=config.load(), sequence_length=16, global_size=4).check()

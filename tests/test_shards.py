@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import shards
-from data.shards import Shard, Writer, dtype_of, open_tokens, verify
+from data.shards import format
+from data.shards.format import Shard, Writer, dtype_of, open_tokens, verify
 
 E = 7
 
@@ -56,7 +56,7 @@ DOCUMENTS = [[[1, 2, 3]], [[65499]], [[4, 4], [], [5] * 100], [[], [0, 0]], [[9]
 def test_an_independent_reader_reads_them(
     dtype: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "CHUNK", chunk)
+    monkeypatch.setattr(format, "CHUNK", chunk)
     shard = write(tmp_path, "train", DOCUMENTS, dtype)
     assert megatron(tmp_path, "train") == closed(DOCUMENTS)
     assert (shard.documents, shard.sequences, shard.tokens, shard.bytes) == (5, 10, 116, 50)
@@ -73,8 +73,8 @@ def test_pieces_end_to_end_are_the_shard(pieces: list[list[list[list[int]]]], ch
     if not any(pieces):
         return  # of nothing there is no shard
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "CHUNK", chunk)
-        patch.setattr(shards, "BLOCK_BYTES", 16)
+        patch.setattr(format, "CHUNK", chunk)
+        patch.setattr(format, "BLOCK_BYTES", 16)
         folder, whole = Path(name), write(Path(name), "train", [document for piece in pieces for document in piece])
         (folder / "joined").mkdir()
         joined = Writer(folder / "joined", "train", "uint16", E)
@@ -146,7 +146,7 @@ def test_a_flipped_bit_is_found(name: str, at: int, tmp_path: Path) -> None:
 
 
 def test_the_bytes_that_are_damaged_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(format, "BLOCK_BYTES", 16)
     shard = write(tmp_path, "a", [[[i] * 9] for i in range(10)])  # 200 bytes of tokens
     flip(tmp_path / "a.bin", 35)
     with pytest.raises(ValueError, match=r"a\.bin has .*\. Bytes 32 to 47 are not what was written\.$"):

@@ -9,6 +9,7 @@ import pytest
 
 from data import Bytes, FillInTheMiddle, TextFiles
 from mtx import config as configs
+from mtx.building import make_loader
 from mtx.data_tools import show
 
 
@@ -24,7 +25,7 @@ def config(tmp_path: Path) -> configs.Config:
 
 
 def test_bytes_and_text_are_those_of_the_sample(config: configs.Config, tmp_path: Path):
-    loader = configs.loader(config, config.data.load())
+    loader = make_loader(config, config.data.load())
     raw = np.fromfile(tmp_path / "shards/train.bin", np.uint8)
     for sample in (0, 17, 10_000):
         first, *documents, counts, text = show.lines(config, loader, sample)
@@ -51,6 +52,6 @@ def test_bytes_and_text_are_those_of_the_sample(config: configs.Config, tmp_path
 
 def test_special_tokens_are_shown_by_name(config: configs.Config):
     config = dataclasses.replace(config, objective=FillInTheMiddle(rate=1.0, spm_rate=0.0))
-    *_, text, said, targets = show.lines(config, configs.loader(config, config.data.load()), 3)
+    *_, text, said, targets = show.lines(config, make_loader(config, config.data.load()), 3)
     assert text.startswith("<fim_prefix>") and "<fim_suffix>" in text and "<fim_middle>" in text
     assert said == "targets that weigh:" and "<fim_middle>" in targets

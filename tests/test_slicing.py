@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.prepared import Part, Reading, Slice
-from data.records import Limits, documents
-from data.slicing import cut
-from data.streams import BadFile
+from data.documents import BadFile, Part, Reading, Slice
+from data.files.records import Limits, documents
+from data.files.slicing import cut
 
 LINES = st.sampled_from(
     [
@@ -72,7 +71,7 @@ def test_slices_are_the_file(lines, last, mark, most, block, name, cut_bytes) ->
         return
     limits = Limits(text_key="text", cut_text_bytes=cut_bytes, max_record_bytes=100)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.slicing.BLOCK_BYTES", block)
+        patch.setattr("data.files.slicing.BLOCK_BYTES", block)
         path = Path(folder, name)
         path.write_bytes(content)
         slices = check(path, limits, most)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import CASES, SPECIALS, TEXTS, E, draws, equally_likely, frame, is_row, stream, windows
 
-from data.objectives import SpanCorruption, Specials
-from data.objectives.row import documents
-from data.objectives.spans import restore
+from data.batches.objectives import SpanCorruption, Specials
+from data.batches.objectives.row import documents
+from data.batches.objectives.spans import restore
 
 
 def test_lengths_are_those_of_t5() -> None:

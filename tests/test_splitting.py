@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data import splitting
-from data.splitting import HASH, LAST, borders, counts, split_of, text_hash
+from data.prepare import splitting
+from data.prepare.splitting import HASH, LAST, borders, counts, split_of, text_hash
 
 
 def shares(*numbers: int) -> dict[str, Fraction]:

@@ -26,7 +26,7 @@ from data import (
     TokenizerFile,
     WordPieceFile,
 )
-from data.manifest import Manifest
+from data.shards.manifest import Manifest
 from data.tokenizer import Defined, Given
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps"]
@@ -318,7 +318,7 @@ def test_a_flipped_bit_is_found_and_mended_by_prepare(config: TextFiles, monkeyp
     raw = path.read_bytes()
     path.write_bytes(raw[:100] + bytes([raw[100] ^ 1]) + raw[101:])
     refused(config, rf"train\.bin has SHA-256 .* Bytes 0 to {len(raw) - 1:,} are not what was written\.")
-    monkeypatch.setattr("data.prepared.HASHED_BYTES", len(raw) - 1)
+    monkeypatch.setattr("data.prepare.prepared.HASHED_BYTES", len(raw) - 1)
     config.load()  # of what is larger, the size and the ends of the index are looked at
     with pytest.raises(ValueError, match=r"train\.bin has SHA-256"):
         config.verify()
@@ -473,7 +473,7 @@ def test_check_names_the_field(change: dict, field: str, why: str) -> None:
 
 def test_loading_needs_no_heavy_package_and_little_time(config: TextFiles) -> None:
     """A million documents cost no more than three: nothing of the index is read but its ends."""
-    from data.shards import Writer
+    from data.shards.format import Writer
 
     folder = config.prepared_folder()
     writer = Writer(folder, "train", "uint16", 256)

@@ -12,8 +12,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data import Bpe, Corpus, Skip, TfdsText
-from data.loose_json import LooseJson
-from data.prepared import Part, Reading
+from data.documents import Part, Reading
+from data.export.loose_json import LooseJson
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = 200
@@ -115,7 +115,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from data import *
-from data.prepared import Fail
+from data.prepare.source import Fail
 config = {config!r}
 assert list(config.check()) == []
 loader = Loader(corpus=config.load(), sequence_length=16, global_size=4).check()
@@ -225,7 +225,9 @@ def test_parts_have_names_that_say_where_they_are(place: Path) -> None:
 def test_tfrecord_is_read_in_a_process_with_tensorflow(place: Path) -> None:
     """The same documents in the same order; this process imports no TensorFlow."""
     words = ["text.jsonl", "--name", "records", "--data-dir", "tfds", "--tfrecord"]
-    subprocess.run([sys.executable, "-m", "data.loose_json", *words], check=True, capture_output=True, env=_env())
+    subprocess.run(
+        [sys.executable, "-m", "data.export.loose_json", *words], check=True, capture_output=True, env=_env()
+    )
     config = _prepared(TfdsText(name="records", data_dir="tfds", **THIRDS))
     other = _prepared(toy(**THIRDS))
     assert [texts(config, name) for name in ("train", "validation", "test")] == [

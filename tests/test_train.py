@@ -14,8 +14,8 @@ import pytest
 import runs
 
 from mtx import config as configs
-from mtx import train
-from mtx.train.build import pipeline_text
+from mtx.building import build
+from mtx.train.banner import pipeline_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -194,7 +194,7 @@ def test_every_config_lowers(path: Path):
     """Its own step, at its own size, on eight devices that hold nothing."""
     config = configs.load(str(path), []).config
     configs.check(config, 8)
-    program = train.build(config, jax.devices())
+    program = build(config, jax.devices())
     rows = (config.batch.micro_size or config.batch.global_size // 8) * 8
     count = configs.microbatches(config, dict(program.mesh.shape))
     text = program.lower_train_step(count, rows, config.batch.sequence_length).as_text()
@@ -237,7 +237,7 @@ CHUNKS = "Interleaved(chunks=2), 4 stages of 2 x 1 layer, 26 ticks, idle 16% of 
 )
 def test_what_a_pipeline_costs_is_said(name: str, words: str, said: str):
     config = configs.load(str(ROOT / "configs" / "debug" / f"{name}.py"), words.split()).config
-    program = train.build(config, jax.devices())
+    program = build(config, jax.devices())
     text = pipeline_text(program, config.batch, configs.microbatches(config, dict(program.mesh.shape)))
     assert said in text
     assert ("makes more" in text) == ("makes more" in said)
@@ -246,7 +246,7 @@ def test_what_a_pipeline_costs_is_said(name: str, words: str, said: str):
 @pytest.mark.parametrize(("devices", "kept"), [(1, True), (2, jax.__version_info__ < (0, 11))])
 def test_what_cpus_compiled_is_kept_where_it_can_be_loaded_back(devices: int, kept: bool, tmp_path: Path):
     program = (
-        "import jax, numpy; from mtx.train.cache import keep_compiled; keep_compiled();"
+        "import jax, numpy; from mtx.building import keep_compiled; keep_compiled();"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
         "jax.jit(lambda x: x + 1)(numpy.zeros(3))"
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_tokenizer import LEARNED as FEW
 
 from data import TextFiles, WordPiece, WordPieceFile
-from data.python_docs import topic_documents
+from data.sources.python_docs import topic_documents
 from data.tokenizer import WordPieceTokenizer, read_file, word_piece
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +131,7 @@ def test_a_vocabulary_does_not_depend_on_the_process() -> None:
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from data import WordPiece
-from data.python_docs import topic_documents
+from data.sources.python_docs import topic_documents
 import hashlib, pathlib, sysconfig
 texts = list(topic_documents(pathlib.Path(sysconfig.get_path("stdlib"))).values())
 print(hashlib.sha256(WordPiece(vocab_size=600).learn(texts)).hexdigest())

@@ -125,7 +125,7 @@ def test_workers_run_the_same_program(tmp_path: Path, monkeypatch: pytest.Monkey
 import sys
 sys.path.insert(0, {str(tmp_path / "copy")!r})
 import functools
-from data.passes import ask
+from data.prepare.passes import ask
 from data.workers import Workers
 with Workers(1) as workers:
     print(workers.one(functools.partial(ask, functools.partial(eval, "__import__('data').__file__"))))

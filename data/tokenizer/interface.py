@@ -77,6 +77,11 @@ class Defined(abc.ABC):
 class Learned(Defined):
     """Base of configs whose definition is learned from the training text."""
 
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """Number of tokens, all special ones included: a field of each kind."""
+
     def training_bytes(self) -> int:
         """Text that it learns from, at most: more changes little, and needs more time and memory."""
         return 64_000_000

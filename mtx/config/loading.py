@@ -36,6 +36,8 @@ class Loaded:
     """Texts of the command line's values, by dotted path."""
     origins: Mapping[str, str]
     """Where values that are not a class's default came from, by dotted path."""
+    remarks: tuple[str, ...] = ()
+    """What classes of the command line kept of those that they replaced."""
 
     def origin(self, path: str) -> str:
         """`default`, `configs/x.py:12`, `command line`, or what it was derived from."""
@@ -53,10 +55,10 @@ def load(path: str | Path | None, words: Sequence[str] = ()) -> Loaded:
     path = Path(path)
     source = _read(path)
     from_file = _run(path, source)
-    config, origins = overrides.apply(from_file, given, _origins(from_file, ast.parse(source), path))
+    config, origins, remarks = overrides.apply(from_file, given, _origins(from_file, ast.parse(source), path))
     if config.workdir is None:
         origins["workdir"] = "the config file's name"
-    return Loaded(_named_folder(config, path), path, source, _named_folder(from_file, path), given, origins)
+    return Loaded(_named_folder(config, path), path, source, _named_folder(from_file, path), given, origins, remarks)
 
 
 def workdir(loaded: Loaded) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mtx.config import schema
 from mtx.config.schema import is_config, join
@@ -42,7 +42,7 @@ def parse_words(words: Sequence[str]) -> dict[str, str]:
 
 def override(config: T, words: Sequence[str]) -> T:
     """A config with `path=value` words applied. Raises: ConfigError."""
-    return apply(config, parse_words(words), {})[0]
+    return apply(config, parse_words(words), {}).config
 
 
 def raise_all(problems: Sequence[str]) -> None:
@@ -52,12 +52,23 @@ def raise_all(problems: Sequence[str]) -> None:
         raise ConfigError("\n".join([*head, *problems]))
 
 
-def apply(config: T, overrides: dict[str, str], origins: dict[str, str]) -> tuple[T, dict[str, str]]:
-    """The config with overrides ({path: text}) and the origin of each value that is not a class's default.
+class Applied(NamedTuple, Generic[T]):
+    """A config with overrides."""
 
-    Classes are chosen before their fields are set, outermost first. A class that replaces another keeps
-    the values of optional fields of the same name that were not at the old class's default; a required
-    field must be given, since its meaning may differ (`count` of Steps and of Tokens).
+    config: T
+    origins: dict[str, str]
+    """Where each value that is not a class's default came from, by dotted path."""
+    remarks: tuple[str, ...]
+    """For each class that replaced another, what it kept of its values and what it did not, where that may surprise."""
+
+
+def apply(config: T, overrides: dict[str, str], origins: dict[str, str]) -> Applied[T]:
+    """The config with overrides ({path: text}); `origins` are those of its own values.
+
+    Classes are chosen before their fields are set, outermost first. A class that replaces another keeps the values of
+    optional fields that a base of both declares, and that were not at the old class's default: a field that each
+    declares for itself has its own meaning and default (`b2` of AdamW and of Lion). A required field must be given,
+    since its meaning may differ (`count` of Steps and of Tokens).
     Raises: ConfigError naming every wrong override.
     """
     root = _Node()
@@ -69,7 +80,7 @@ def apply(config: T, overrides: dict[str, str], origins: dict[str, str]) -> tupl
     applier = _Applier(config, dict(origins))
     result = applier.build("", type(config), config, root)
     raise_all(applier.problems)
-    return result, applier.origins
+    return Applied(result, applier.origins, tuple(applier.remarks))
 
 
 @dataclass
@@ -90,6 +101,7 @@ class _Applier:
     root: Any
     origins: dict[str, str]
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def build(self, path: str, annotation: Any, old: Any, node: _Node) -> Any:
         """The new value at a path. With problems, the old one: nobody will see it."""
@@ -99,6 +111,9 @@ class _Applier:
             return old
         if isinstance(value, type):
             fields = _carried(old, value)
+            self._remark(
+                path, old, value, set(fields), {n for n, child in node.children.items() if child.text is not None}
+            )
         elif is_config(value):
             fields, value = schema.values(value), type(value)
         else:
@@ -114,6 +129,22 @@ class _Applier:
         if len(self.problems) > before:
             return old
         return self._made(path, value, fields, old)
+
+    def _remark(self, path: str, old: Any, cls: type, kept: set[str], given: set[str]) -> None:
+        """Says what a class that replaces another keeps, and which values of the same name it does not."""
+        if not is_config(old) or type(old) is cls:
+            return
+        new, was, kept = schema.fields(cls), type(old).__name__, kept - given
+        left = [
+            f"{name}={schema.show(new[name].default)}, not {schema.show(getattr(old, name))}"
+            for name, known in schema.fields(type(old)).items()
+            if name in new and name not in kept | given and new[name].default is not MISSING
+            if getattr(old, name) not in (known.default, new[name].default)
+        ]
+        if kept or left:
+            parts = [f"keeps {', '.join(name for name in new if name in kept)} of {was}"] if kept else []
+            parts += [f"has its own {' and '.join(left)} as {was} had"] if left else []
+            self.remarks.append(f"{path}={cls.__name__} {'; it '.join(parts)}.")
 
     def _parsed(self, path: str, annotation: Any, old: Any, node: _Node) -> Any:
         assert node.text is not None
@@ -211,10 +242,12 @@ def _near(name: str, names: Iterable[str]) -> str | None:
 
 def _carried(old: Any, cls: type) -> dict[str, Any]:
     """What a new class takes over from the object that it replaces. See `apply`."""
+    bases = [base for base in cls.__mro__ if base in type(old).__mro__]
+    shared = {name for base in bases for name in (*vars(base), *vars(base).get("__annotations__", ()))}
     carried = {}
     for name, known in schema.fields(type(old)).items() if is_config(old) else ():
         new, value = schema.fields(cls).get(name), getattr(old, name)
-        if new is None or known.default is MISSING or new.default is MISSING:
+        if new is None or name not in shared or known.default is MISSING or new.default is MISSING:
             continue
         if value != known.default and schema.fits(value, new.annotation):
             carried[name] = value

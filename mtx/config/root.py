@@ -16,13 +16,9 @@ from data import (
     Concatenate,
     Curriculum,
     LengthWarmup,
-    LiveLoader,
-    LiveText,
-    Loader,
     MegatronShards,
     PythonDocs,
     SeqioTask,
-    Text,
     TextFiles,
     TfdsText,
 )
@@ -157,24 +153,6 @@ class Config:
 
 
 LENGTHS = ("steps", "tokens", "epochs")
-
-
-def loader(config: Config, corpus: Text) -> Loader:
-    """The rows that a config trains on. Raises: ValueError if the text has none."""
-    live = isinstance(corpus, LiveText)
-    if live and config.epochs is not None:
-        raise ValueError(
-            f"epochs={config.epochs}: nobody counted a live reader's epoch; say steps= or tokens= instead."
-        )
-    return (LiveLoader if live else Loader)(
-        corpus=corpus,
-        sequence_length=config.batch.sequence_length,
-        objective=config.objective,
-        packing=config.packing,
-        curriculum=config.curriculum,
-        global_size=config.batch.global_size,
-        seed=config.seed,
-    ).check()
 
 
 def mask_of(config: Config) -> Mask:

@@ -7,6 +7,7 @@ import numpy as np
 
 from data import Loader, Origin, Prepared, sources_of
 from mtx import config as configs
+from mtx.building import load_data
 from mtx.command import run_folder
 from mtx.config import Config
 from mtx.errors import ConfigError, DataError
@@ -19,8 +20,8 @@ def main(flags: argparse.Namespace, words: list[str]) -> int:
         raise ConfigError("data show needs --sample N, the number of a sample, from 0; such as --sample 123456.")
     config = configs.override(configs.read_config(folder), overrides)
     configs.check(config)
+    loader = load_data(config)
     try:
-        loader = configs.loader(config, config.data.load())
         print("\n".join(lines(config, loader, flags.sample)))
     except ValueError as error:
         raise DataError(str(error)) from error

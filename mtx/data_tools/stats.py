@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data import Prepared, sources_of
-from data.blended import named
+from data.corpus import named
 from data.statistics import Statistics, of_split
 from mtx.config import Loaded, load
 from mtx.data_tools.page import page

@@ -3,12 +3,9 @@
 import argparse
 
 from mtx.config import Cluster, load
-from mtx.train.build import build, load_data
-from mtx.train.run import run, talk
-from mtx.train.saved import Opened, open_run
-from mtx.train.validation import validate
+from mtx.train.run import run
 
-__all__ = ["Opened", "build", "load_data", "main", "open_run", "run", "talk", "validate"]
+__all__ = ["main", "run"]
 
 
 def main(flags: argparse.Namespace, words: list[str], argv: list[str]) -> int:

@@ -23,7 +23,7 @@ from mtx.model import Batch
 from mtx.step import Program, TrainState
 from mtx.train import saved
 from mtx.train.stopping import Stopping
-from mtx.train.validation import validate
+from mtx.validation import validate
 
 log = logging.getLogger("mtx")
 

@@ -15,14 +15,15 @@ import jax
 
 from mtx import config as configs
 from mtx import processes
+from mtx.building import CHECKPOINTS, build, keep_compiled, load_data, prepare_data, refuse_too_long
 from mtx.checkpoint import Store
+from mtx.command import log_to_stderr
 from mtx.config import Cluster, Loaded
 from mtx.errors import ConfigError, NumericsError, Stopped, UserError
 from mtx.metrics import Console, Metrics
 from mtx.step import TrainState
 from mtx.train import saved
-from mtx.train.build import banner, build, load_data, prepare_data, refuse_too_long
-from mtx.train.cache import keep_compiled
+from mtx.train.banner import banner
 from mtx.train.loop import Loop
 from mtx.train.stopping import SAVE, Stopping, each, leave
 
@@ -84,7 +85,9 @@ def _run(
         if cluster is None:
             enter(stopping)
         # What needs no device comes first: its mistakes cost nothing, and several processes end one by one.
-        talk(first)
+        log_to_stderr(first)
+        for remark in loaded.remarks:
+            log.info(remark)
         prepare_data(loaded, children, alone=cluster is None)
         loader = load_data(config)
         connect(cluster)
@@ -99,7 +102,7 @@ def _run(
         enter(saved.claimed(workdir, first, mark))
         if cluster is not None:
             alike(cluster, loaded, f"{loader.corpus.digest} {loader.metric_digest or ''}".strip(), workdir, mark)
-        store = enter(Store(workdir / saved.FOLDER, config.checkpoints))
+        store = enter(Store(workdir / CHECKPOINTS, config.checkpoints))
         resumes = bool(store.steps()) and not fresh
         if not resumes:
             saved.set_aside(workdir, first)
@@ -122,12 +125,6 @@ def _run(
         store.close()
         console.say(f"run folder: {workdir}")
         return state
-
-
-def talk(first: bool = True) -> None:
-    """Logging to standard error; processes other than the first only warn."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    log.setLevel(logging.INFO if first else logging.WARNING)
 
 
 def connect(cluster: Cluster | None) -> None:
@@ -171,7 +168,7 @@ def _nothing_to_save(workdir: Path, children: list[subprocess.Popen], why: str) 
     for child in children:
         child.terminate()
         child.wait()
-    steps = Store(workdir / saved.FOLDER).steps()
+    steps = Store(workdir / CHECKPOINTS).steps()
     newest = f"the newest checkpoint is that of step {steps[0]}" if steps else "there is no checkpoint"
     log.warning("stopped by %s before the first step: nothing is new, %s; the same command goes on.", why, newest)
     leave(Stopped.exit_code)

@@ -1,4 +1,4 @@
-"""What a run folder holds: resuming from it, starting anew in it, taking weights out of it."""
+"""Where a run begins: resumed from its folder, anew in it, or with the weights of another."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,15 @@ import jax
 
 from data import Loader, Text
 from mtx import config as configs
+from mtx.building import CHECKPOINTS, open_weights
 from mtx.checkpoint import DigestError, Found, Store
 from mtx.config import Config, Loaded
-from mtx.errors import CheckpointError, ConfigError, DataError, DeviceError
-from mtx.mesh import MeshConfig
+from mtx.errors import ConfigError
 from mtx.step import Program, TrainState
-from mtx.train.build import build, load_data, mesh_text
-from mtx.train.cache import keep_compiled
+from mtx.train.banner import mesh_text
 
 log = logging.getLogger("mtx")
 
-FOLDER = "checkpoints"
 EARLIER = "earlier"
 FREE = (
     *("model.remat", "model.unroll", "model.attention.backend", "data.folder", "data.paths"),
@@ -125,7 +123,7 @@ def set_aside(workdir: Path, first: bool) -> None:
         return
     left = [path for path in workdir.iterdir() if path.name not in ("lock", EARLIER)]
     metrics = workdir / "metrics.jsonl"
-    if not (workdir / FOLDER).is_dir() and not (metrics.is_file() and metrics.stat().st_size):
+    if not (workdir / CHECKPOINTS).is_dir() and not (metrics.is_file() and metrics.stat().st_size):
         return
     number = 1
     while (into := workdir / EARLIER / str(number)).exists():
@@ -189,30 +187,13 @@ def _means(path: str) -> bool:
 
 def warm_start(path: Path, program: Program, corpus: Text, accept_changes: bool) -> tuple[Any, Found]:
     """Weights of the newest checkpoint of a run folder, or of one step's folder; nothing else of it."""
-    found, params = weights(path, program)
+    found, params = open_weights(path, program)
     if found.manifest.about["tokenizer"] != corpus.tokenizer.digest and not accept_changes:
         raise ConfigError(
             f"init_from={path} was trained with another tokenizer; its tokens mean other text. "
             "Use its tokenizer, or say --accept-changes."
         )
     return params, found
-
-
-def weights(path: Path, program: Program, step: int | None = None) -> tuple[Found, Any]:
-    """Weights alone, verified. Raises: CheckpointError."""
-    if path.name.isdigit() and path.parent.name == FOLDER:
-        step, path = int(path.name), path.parent.parent
-    store = Store(path / FOLDER)
-    found = store.newest() if step is None else store.at(step)
-    if found is None:
-        raise CheckpointError(f"{path} holds no checkpoints; name a run folder such as runs/quickstart.")
-    for skipped, why in found.skipped:
-        log.warning("step %d is skipped: %s", skipped, why)
-    try:
-        params = store.restore(found, {"params": program.abstract_ordered().params})["params"]
-        return found, program.placed(params)
-    except DigestError as error:
-        raise CheckpointError(f"step {found.step} of {path} cannot be used: {error}.") from error
 
 
 def about(
@@ -241,50 +222,3 @@ def about(
         "evaluated": evaluated,
         "best_val_loss": best_val_loss,
     }
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A finished or running run, for reading: its config, data, and newest weights."""
-
-    config: Config
-    program: Program
-    loader: Loader
-    params: Any
-    step: int
-
-
-def open_run(folder: Path, words: Sequence[str], step: int | None) -> Opened:
-    """The weights of a run's newest checkpoint that verifies (or of one step), on this machine's devices.
-
-    The mesh is the run's where it fits the devices, else one device; `words` override fields.
-    Raises: ConfigError, DeviceError, DataError, CheckpointError.
-    """
-    config = configs.override(configs.read_config(folder), words)
-    keep_compiled()
-    count = jax.device_count()
-    named = any(word.lstrip("-").startswith("mesh") for word in words)
-    if not named and not _fits(config, count):
-        config = dataclasses.replace(config, mesh=MeshConfig())
-        count = 1
-    configs.check(config, count)
-    loader = load_data(dataclasses.replace(config, curriculum=None))  # which rows come first is for who trains
-    corpus = loader.corpus
-    program = build(config, jax.devices()[:count])
-    found, params = weights(folder, program, step)
-    if found.manifest.about["tokenizer"] != corpus.tokenizer.digest:
-        raise DataError(
-            f"the tokenizer of {corpus.source} is not the one that {folder} was trained with, so that its tokens "
-            "mean other text; give the run its data back."
-        )
-    if found.manifest.about["data"] != corpus.digest:
-        log.warning("the text is not what the run was trained on: now %s", corpus.source)
-    return Opened(config, program, loader, params, found.step)
-
-
-def _fits(config: Config, devices: int) -> bool:
-    try:
-        configs.check(config, devices)
-    except DeviceError:
-        return False
-    return True

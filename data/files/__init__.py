@@ -1,0 +1,1 @@
+"""Text in files: which files there are, and their documents, in slices that several processes can read."""

@@ -1,0 +1,59 @@
+"""From a config to the program that it describes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mtx import config as configs
+from mtx import mesh as meshes
+from mtx.attention import choose_backend
+from mtx.config import Config
+from mtx.layout import BoundLayout, Placement
+from mtx.model import Model, flatten
+from mtx.step import Program
+from pallas_kernels.attention import Chip
+
+
+def build(config: Config, devices: Sequence[jax.Device], steps: int | None = None) -> Program:
+    """Builds the program that a config describes, on these devices, present or not; `steps` is the run's length.
+
+    Raises: ConfigError, DeviceError.
+    """
+    mesh = meshes.make(config.mesh, devices)
+    layout = BoundLayout.of(config.layout, dict(mesh.shape))
+    stages = mesh.shape["pipeline"]
+    chunks = config.pipeline.per_stage() if stages > 1 else 1
+    model = Model(config.model, Placement.even(config.model.layers, stages, chunks))
+    layout.check(flatten(model.weights))
+    compute, _ = config.precision.resolve(devices[0])
+    mask = configs.mask_of(config)
+    attention = config.model.attention
+    heads, kv_heads = (
+        count // layout.size(*layout.axes(name, "activations"))
+        for name, count in (("heads", attention.heads), ("kv_heads", attention.kv_heads or attention.heads))
+    )
+    choose_backend(
+        dataclasses.replace(attention, heads=heads, kv_heads=kv_heads),
+        Chip.of(devices[0]),
+        compute.name,
+        config.model.head_size,
+        mask,
+        rows=1,
+        time=config.batch.sequence_length,
+        dropout=config.model.attention_dropout,
+    )
+    return Program(
+        model=model,
+        mesh=mesh,
+        layout=layout,
+        optimizer=config.optimizer,
+        loss=config.loss,
+        partition=config.partition,
+        compute=compute,
+        stored=jnp.dtype(config.precision.params),
+        mask=mask,
+        steps=steps or config.steps or 1,
+        schedule=config.pipeline,
+    )
