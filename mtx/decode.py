@@ -16,7 +16,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mtx.attention import Cache
 from mtx.errors import ConfigError, Problem
 from mtx.layers import Learned
 from mtx.layout import RESIDUAL_TIME, BoundLayout, Layout
@@ -117,7 +116,7 @@ def refuse(program: Program, lengths: Sequence[int], tokens: int, sampling: Samp
             f"a prompt of {longest} tokens and {tokens} new ones do not fit the table of positions "
             f"(model.positions.length={table}); try {fits}."
         )
-    if longest + tokens > (reach := program.model.mask(False).reach()):
+    if longest + tokens > (reach := min(mask.reach() for mask in program.model.masks(False))):
         raise ConfigError(
             f"a prompt of {longest} tokens and {tokens} new ones do not fit the {reach} positions of "
             "model.attention.pattern.rows; try fewer tokens, or a shorter prompt."
@@ -181,7 +180,8 @@ class Loop(NamedTuple):
     step: jax.Array
     token_B: jax.Array
     """The newest token of each row, not in the cache yet."""
-    cache: Cache
+    cache: Any
+    """A Cache by stack and block."""
     out_BT: jax.Array
     done_B: jax.Array
     running: jax.Array
@@ -207,7 +207,10 @@ def _decode(
 
     def step(now: Loop) -> Loop:
         position_B = jnp.maximum(prompts.length_B - 1, 0) + now.step
-        slot, seen_BTS = filled + now.step, _seen(model.mask(False), prompts.length_B, filled, now.step, most, doors)
+        slot, seen_BTS = (
+            filled + now.step,
+            _seen(model.masks(False)[0], prompts.length_B, filled, now.step, most, doors),
+        )
         h_BTD, cache = model.cached(params, now.token_B[:, None], position_B[:, None], seen_BTS, slot, now.cache, doors)
         logits_BV = _next_logits(program, params, h_BTD, doors)[:, :vocab_size]
         token_B = draw(sampling, logits_BV, seed, prompts.number_B, position_B + 1)
@@ -215,7 +218,7 @@ def _decode(
         done_B = now.done_B | (token_B == stop)
         return Loop(now.step + 1, token_B, cache, out_BT, done_B, _count(doors, ~done_B))
 
-    cache = _prefill(program, params, prompts, model.cache(rows, filled + most, doors), doors)
+    cache = _prefill(program, params, prompts, model.cache(rows, filled + most, doors), filled + most, doors)
     done_B = prompts.length_B == 0
     start = Loop(
         step=jnp.zeros((), jnp.int32),
@@ -232,15 +235,15 @@ def _count(doors: Activations, where_B: jax.Array) -> jax.Array:
     return doors.sum_over("B", jnp.sum(where_B, dtype=jnp.int32))
 
 
-def _prefill(program: Program, params: Params, prompts: Prompts, cache: Cache, doors: Activations) -> Cache:
+def _prefill(program: Program, params: Params, prompts: Prompts, cache: Any, slots: int, doors: Activations) -> Any:
     """The cache with all of the prompts but their last tokens. Padding is computed and never seen."""
-    time, slots = prompts.tokens_BT.shape[1], cache.k_LBSKH.shape[2]
+    time = prompts.tokens_BT.shape[1]
     if time == 0:
         return cache
     i_T, last_B1 = jnp.arange(time), jnp.maximum(prompts.length_B - 1, 0)[:, None]
     position_BT = jnp.minimum(i_T[None], last_B1)  # padding may reach beyond a learned table
     s_S = jnp.arange(slots)
-    mask = program.model.mask(False)
+    mask = program.model.masks(False)[0]
     shape = (min(slots, mask.reach()),) * 2  # padding may reach beyond a pattern
     seen_BTS = ((i_T[:, None] >= s_S) & sees(mask, i_T[:, None], s_S, shape))[None]
     _, cache = program.model.cached(params, prompts.tokens_BT, position_BT, seen_BTS, 0, cache, doors)

@@ -1,17 +1,18 @@
 """The transformer, from typed parts: GPT-2, Llama 3 and what lies between are configs of it.
 
 `Model` is static: the abstract modules, their weights' declarations, and pure functions over a plain
-dict of arrays. Layers are one module with a leading L on every weight, run by `lax.scan`.
+dict of arrays. Layers of a kind are one module with a leading L on every weight; `lax.scan` runs them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
@@ -127,6 +128,52 @@ class Transformer:
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def kinds(self) -> "tuple[Kind, ...]":
+        """The kinds of its layers, stack by stack."""
+        return tuple(kind for kinds in self.repeated for kind in kinds)
+
+    @property
+    def repeated(self) -> "tuple[tuple[Kind, ...], ...]":
+        """The kinds of layer of each stack, in the order in which a repetition of its pattern runs them."""
+        return ((Kind(self, MAIN, "block", first=0, step=1, count=self.layers),),)
+
+
+MAIN = "main"
+"""The stack of a model that names none."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The layers that one block of a stack's pattern describes: one in each of its repetitions."""
+
+    config: Transformer
+    """The model's, with the block's parts in place of the model's own."""
+    stack: str
+    block: str
+    first: int
+    """Number, among all of the model's layers, of the first one."""
+    step: int
+    """Layers from one to the next: the blocks of the pattern."""
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack}/{self.block}"
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """int [count]: the numbers of its layers among all of the model's."""
+        return self.first + self.step * np.arange(self.count)
+
+    def of(self, tree: Mapping[str, Mapping[str, Any]]) -> Any:
+        """What a tree by stack and block has of this kind."""
+        return tree[self.stack][self.block]
+
+    def mask(self, documents: bool, prefix: bool = False) -> Mask:
+        """What a token of these layers sees."""
+        return self.config.attention.mask(causal=self.config.causal, documents=documents, prefix=prefix)
+
 
 class Ends(nnx.Module):
     """What is not in the layer stack: embeddings, final norm, head."""
@@ -167,7 +214,7 @@ class Ends(nnx.Module):
         return self.token_VD if self.config.tied_head else self.head_VD
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
     """One layer: attention and feed-forward, each normed before and added after."""
 
     def __init__(self, config: Transformer, rngs: nnx.Rngs):
@@ -199,41 +246,59 @@ class Block(nnx.Module):
         return x_BTD + dropout(y_BTD, self.dropout, context, "mlp_out"), cache
 
 
+Step: TypeAlias = Callable[[jax.Array, Any, Params, Any, Any], tuple[jax.Array, Any]]
+"""(x, own, a layer's weights, its number, its row in its kind's weights on this stage) -> (x, own)."""
+
+
 class Model:
     """A config's modules, built abstractly once, as pure functions over a dict of arrays.
 
-    `placement` is where a pipeline has its layers; by default there is none.
+    `placement` is where a pipeline has its layers, which are of one kind; by default there is none.
     """
 
     def __init__(self, config: Transformer, placement: Placement | None = None):
         self.config, self.placement = config, placement or Placement.even(config.layers)
-        assert sum(self.placement.counts) == config.layers
+        self.kinds = config.kinds
+        assert sum(self.placement.counts) == config.layers == sum(kind.count for kind in self.kinds)
+        assert len(self.kinds) == 1 or self.placement.stages == 1, "a pipeline places layers of one kind"
         self._ends = nnx.split(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(params=0))))
-        self._block = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0))))
+        self._layers = self.by_kind(lambda kind: nnx.split(nnx.eval_shape(partial(_layer, kind))))
+
+    def by_kind(self, f: Callable[[Kind], Any]) -> dict[str, dict[str, Any]]:
+        """{stack: {block: f(kind)}}."""
+        return {kinds[0].stack: {kind.block: f(kind) for kind in kinds} for kinds in self.config.repeated}
 
     @cached_property
     def weights(self) -> Params:
         """The declaration of every weight, as a nested dict; layers' have a leading L, the rows of `placement`."""
-        return self._declared(self.placement.rows)
+        return self._declared(lambda kind: len(self._layer_of_row(kind)))
 
     @cached_property
     def ordered_weights(self) -> Params:
         """The same with the layers in their own order, as checkpoints have them."""
-        return self._declared(self.config.layers)
+        return self._declared(lambda kind: kind.count)
 
-    def _declared(self, layers: int) -> Params:
-        stack = partial(_map, lambda w: replace(w, dims="L" + w.dims, shape=(layers, *w.shape)))
-        return {"ends": _declarations(self._ends[1]), "layers": stack(_declarations(self._block[1]))}
+    def _declared(self, rows: Callable[[Kind], int]) -> Params:
+        def stacked(kind: Kind) -> Params:
+            declared = _declarations(kind.of(self._layers)[1])
+            return _map(lambda w: replace(w, dims="L" + w.dims, shape=(rows(kind), *w.shape)), declared)
+
+        return {"ends": _declarations(self._ends[1]), "stacks": self.by_kind(stacked)}
+
+    def _layer_of_row(self, kind: Kind) -> np.ndarray:
+        """int [rows]: the number of the layer in each row of a kind's weights; -1 for a row without one."""
+        return self.placement.layer_of_row if len(self.kinds) == 1 else kind.numbers
 
     def init(self, key: jax.Array) -> Params:
         """Initial weights in float32: pure, to be jitted with out_shardings; equal on every mesh."""
 
-        def block(i: jax.Array) -> Params:
-            arrays = _arrays(Block(self.config, nnx.Rngs(params=jax.random.fold_in(key, jnp.maximum(i, 0)))))
+        def layer(kind: Kind, i: jax.Array) -> Params:
+            arrays = _arrays(_layer(kind, jax.random.fold_in(key, jnp.maximum(i, 0))))
             return arrays if self.placement.is_even else _map(lambda x: jnp.where(i < 0, 0.0, x), arrays)
 
         ends = _arrays(Ends(self.config, nnx.Rngs(params=jax.random.fold_in(key, self.config.layers))))
-        return {"ends": ends, "layers": jax.vmap(block)(jnp.asarray(self.placement.layer_of_row))}
+        stacks = self.by_kind(lambda kind: jax.vmap(partial(layer, kind))(jnp.asarray(self._layer_of_row(kind))))
+        return {"ends": ends, "stacks": stacks}
 
     def context(self, batch: Batch, doors: Activations, mask: Mask, key_B: Words | None) -> Context:
         """What the layers share. `key_B` turns dropout on."""
@@ -246,58 +311,93 @@ class Model:
         """x_BTD, which the first layer reads."""
         return _merge(self._ends, ends).embed(token_BT, context)
 
-    def layer(self, weights: Params, x_BTD: jax.Array, context: Context, number: jax.Array | int) -> jax.Array:
+    def layer(
+        self, kind: Kind, weights: Params, x_BTD: jax.Array, context: Context, number: jax.Array | int
+    ) -> jax.Array:
         """x_BTD after one layer; `weights` are that layer's, without L."""
-        return _merge(self._block, weights)(x_BTD, replace(context, layer=number))[0]
+        return _merge(kind.of(self._layers), weights)(x_BTD, replace(context, layer=number))[0]
 
     def norm(self, ends: Params, x_BTD: jax.Array) -> jax.Array:
         """What head and loss read of the last layer's x_BTD."""
         return _merge(self._ends, ends).norm(x_BTD)
 
-    def hidden(self, params: Params, batch: Batch, doors: Activations, mask: Mask, key_B: Words | None) -> jax.Array:
-        """x_BTD of the residual stream after the final norm. `key_B` turns dropout on."""
-        context = self.context(batch, doors, mask, key_B)
+    def hidden(
+        self, params: Params, batch: Batch, doors: Activations, masks: Sequence[Mask], key_B: Words | None
+    ) -> jax.Array:
+        """x_BTD of the residual stream after the final norm. `masks` are those of `kinds`; `key_B` turns dropout on."""
+        context = self.context(batch, doors, masks[0], key_B)
 
-        def layer(x_BTD: jax.Array, weights: Params, number: jax.Array) -> jax.Array:
-            return self.layer(weights, x_BTD, context, number)
+        def step(kind: Kind, context: Context) -> Step:
+            context = replace(context, mask=masks[self.kinds.index(kind)])
 
-        if self.config.remat in ("full", "stage"):
-            layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
+            def layer(x_BTD: jax.Array, weights: Params, number: jax.Array) -> jax.Array:
+                return self.layer(kind, weights, x_BTD, context, number)
 
-        def step(x_BTD: jax.Array, own: None, weights: Params, number: Any, row: Any) -> tuple[jax.Array, None]:
-            return layer(x_BTD, weights, number), own
+            if self.config.remat in ("full", "stage"):
+                layer = jax.checkpoint(layer, prevent_cse=context.doors.unrolled)
+            return lambda x_BTD, own, weights, number, row: (layer(x_BTD, weights, number), own)
 
-        x_BTD, _ = self._through(params, step, self.embed(params["ends"], batch.tokens, context), None)
+        x_BTD = self.embed(params["ends"], batch.tokens, context)
+        x_BTD, _ = self._through(params, context, step, x_BTD, self.by_kind(lambda kind: None))
         return self.norm(params["ends"], x_BTD)
 
-    def _through(self, params: Params, step: Callable[..., tuple[jax.Array, Any]], x: jax.Array, own: Any) -> Any:
-        """(x, own) through all layers: `step(x, own, a layer's weights, its number, its row on this stage)`.
+    def _through(
+        self, params: Params, context: Context, make: Callable[[Kind, Context], Step], x: jax.Array, own: Any
+    ) -> Any:
+        """(x, own) through all layers, each kind's by the step that `make` gives.
 
-        `own` stays where it is; x goes from stage to stage of a pipeline, where this is not differentiated.
+        `own`, by stack and block, stays where it is; x goes from stage to stage of a pipeline, where this is not
+        differentiated.
         """
         place = self.placement
         if place.stages == 1:
+            for kinds in self.config.repeated:
+                stack = kinds[0].stack
+                x, there = self._repeat(kinds, params["stacks"][stack], context, make, x, own[stack])
+                own = {**own, stack: there}
+            return x, own
 
-            def layer(now: tuple[jax.Array, Any], xs: tuple[Params, jax.Array]) -> tuple[Any, None]:
-                weights, number = xs
-                return step(*now, weights, number, number), None
-
-            xs = (params["layers"], jnp.arange(self.config.layers))
-            return jax.lax.scan(layer, (x, own), xs, unroll=self.config.unroll)[0]
+        (kind,) = self.kinds
+        weights_R, step = kind.of(params["stacks"]), make(kind, context)
 
         def chunk(i: jax.Array, now: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             at = this_stage(place, i)
 
             def layer(now: tuple[jax.Array, Any], j: jax.Array) -> tuple[Any, None]:
                 def run() -> tuple[jax.Array, Any]:
-                    weights = jax.tree.map(lambda w: w[at.row + j], params["layers"])
+                    weights = jax.tree.map(lambda w: w[at.row + j], weights_R)
                     return step(*now, weights, at.layer + j, at.row + j)
 
                 return (run() if place.is_even else jax.lax.cond(j < at.count, run, lambda: now)), None
 
             return jax.lax.scan(layer, now, jnp.arange(place.size), unroll=self.config.unroll)[0]
 
-        return relay(place, chunk, x, own)
+        x, there = relay(place, chunk, x, kind.of(own))
+        return x, self.by_kind(lambda _: there)
+
+    def _repeat(
+        self,
+        kinds: tuple[Kind, ...],
+        weights: Params,
+        context: Context,
+        make: Callable[[Kind, Context], Step],
+        x: jax.Array,
+        own: dict[str, Any],
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """(x, own) through a stack: one loop over the repetitions of its pattern, whatever their count."""
+        unroll, count = self.config.unroll, kinds[0].count
+        context = replace(context, doors=replace(context.doors, unrolled=unroll >= count))
+        steps = [(kind, make(kind, context)) for kind in kinds]
+
+        def pattern(now: tuple[jax.Array, dict], xs: tuple[Params, list, jax.Array]) -> tuple[tuple, None]:
+            (x, own), (weights, numbers, row) = now, xs
+            for (kind, step), number in zip(steps, numbers, strict=True):
+                x, there = step(x, own[kind.block], weights[kind.block], number, row)
+                own = {**own, kind.block: there}
+            return (x, own), None
+
+        numbers_L = [jnp.arange(kind.first, kind.first + kind.step * count, kind.step) for kind in kinds]
+        return jax.lax.scan(pattern, (x, own), (weights, numbers_L, jnp.arange(count)), unroll=unroll)[0]
 
     def answer(self, ends: Params, first_BD: jax.Array, doors: Activations) -> jax.Array:
         """Float32 logits_BA for pairs, from the first token of `hidden`'s result."""
@@ -307,20 +407,24 @@ class Model:
         """The output projection, token_VD or its own."""
         return _merge(self._ends, ends).head
 
-    def logits(self, params: Params, batch: Batch, doors: Activations, mask: Mask) -> jax.Array:
+    def logits(self, params: Params, batch: Batch, doors: Activations, masks: Sequence[Mask]) -> jax.Array:
         """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it)."""
-        return self.unembed(params, self.hidden(params, batch, doors, mask, None), doors)
+        return self.unembed(params, self.hidden(params, batch, doors, masks, None), doors)
 
     def unembed(self, params: Params, h_BTD: jax.Array, doors: Activations) -> jax.Array:
         """Float32 logits_BTV of `hidden`'s result."""
         w_VD = doors.storage.for_use(self.head(params["ends"]))
         return doors.local_einsum("BTD,VD->BTV", doors.enter(h_BTD, "V"), w_VD, jnp.float32)
 
-    def cache(self, rows: int, slots: int, doors: Activations) -> Cache:
-        """An empty cache for B rows, of all batch shards together, and S slots."""
-        attention = self.config.attention
-        shape = (self.placement.rows, rows, slots, attention.kv_heads or attention.heads, self.config.head_size)
-        return Cache(*(doors.zeros("LBSKH", shape, doors.compute) for _ in Cache._fields))
+    def cache(self, rows: int, slots: int, doors: Activations) -> dict[str, dict[str, Cache]]:
+        """An empty cache of each kind, for B rows, of all batch shards together, and S slots."""
+
+        def one(kind: Kind) -> Cache:
+            attention, layers = kind.config.attention, len(self._layer_of_row(kind))
+            shape = (layers, rows, slots, attention.kv_heads or attention.heads, kind.config.head_size)
+            return Cache(*(doors.zeros("LBSKH", shape, doors.compute) for _ in Cache._fields))
+
+        return self.by_kind(one)
 
     def cached(
         self,
@@ -329,32 +433,39 @@ class Model:
         position_BT: jax.Array,
         seen_BTS: jax.Array,
         slot: jax.Array | int,
-        cache: Cache,
+        cache: dict[str, dict[str, Cache]],
         doors: Activations,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, dict[str, dict[str, Cache]]]:
         """`hidden` of T more tokens, which go into the cache from `slot` on and see `seen_BTS` of its slots."""
-        mask = self.mask(documents=False)
+        mask = self.masks(documents=False)[0]
         context = Context(doors, mask, token_BT, position_BT, None, seen_BTS=seen_BTS, slot=slot)
         ends = _merge(self._ends, params["ends"])
 
-        def step(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any]:
-            return _merge(self._block, weights)(x_BTD, replace(context, layer=number, row=row), cache)
+        def step(kind: Kind, context: Context) -> Step:
+            def layer(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any]:
+                return _merge(kind.of(self._layers), weights)(x_BTD, replace(context, layer=number, row=row), cache)
 
-        x_BTD, cache = self._through(params, step, ends.embed(token_BT, context), cache)
+            return layer
+
+        x_BTD, cache = self._through(params, context, step, ends.embed(token_BT, context), cache)
         return ends.norm(x_BTD), cache
 
-    def mask(self, documents: bool, prefix: bool = False) -> Mask:
-        """What a token of every layer sees."""
-        return self.config.attention.mask(causal=self.config.causal, documents=documents, prefix=prefix)
+    def masks(self, documents: bool, prefix: bool = False) -> tuple[Mask, ...]:
+        """What a token sees in the layers of each of `kinds`."""
+        return tuple(kind.mask(documents, prefix) for kind in self.kinds)
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as `{"layers/mlp/in_DF": leaf}`."""
+    """A nested dict as `{"stacks/main/block/mlp/in_DF": leaf}`."""
     flat = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"
         flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
     return flat
+
+
+def _layer(kind: Kind, key: jax.Array | int = 0) -> Layer:
+    return Layer(kind.config, nnx.Rngs(params=key))
 
 
 def _map(f, tree: Params) -> Params:

@@ -70,7 +70,8 @@ class Program:
     partition: Manual | Compiled
     compute: Any
     stored: Any
-    mask: Mask
+    masks: tuple[Mask, ...]
+    """What a token sees in the layers of each of the model's kinds."""
     steps: int
     schedule: Schedule = OneFOneB()
     """Of the mesh's pipeline stages, if there are several."""
@@ -206,7 +207,7 @@ class Program:
         dtypes: dict[str, Any] = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {
             "weights": jnp.float32
         }
-        if self.mask.has(Prefix):
+        if any(mask.has(Prefix) for mask in self.masks):
             dtypes["prefix"] = jnp.int32
         if self.model.config.pairs:
             dtypes |= {"types": jnp.int32, "label": jnp.int32}
@@ -339,7 +340,7 @@ class Program:
 
     def _sums(self, doors: Activations, params: Params, batch: Batch, key_B: Words | None) -> jax.Array:
         """(objective, cross entropy, label weight) of this rank's rows."""
-        return self._loss(doors, params["ends"], self.model.hidden(params, batch, doors, self.mask, key_B), batch)
+        return self._loss(doors, params["ends"], self.model.hidden(params, batch, doors, self.masks, key_B), batch)
 
     def _loss(self, doors: Activations, ends: Params, h_BTD: jax.Array, batch: Batch) -> jax.Array:
         head, vocab = self.model.head(ends), self.model.config.vocab_size
@@ -362,18 +363,24 @@ class Program:
 
     def _pipelined(self, doors, params, batch: Batch, sample_MB: Counter, seed, count) -> tuple[Params, jax.Array]:
         """`_accumulate` over the stages of a pipeline: its microbatches are the step's."""
-        key_MB = sequence_keys(seed, sample_MB)
-        return self._engine(doors, batch.tokens.shape[0]).gradients(params, (batch, key_MB), count)
+        feed_M, engine = (batch, sequence_keys(seed, sample_MB)), self._engine(doors, batch.tokens.shape[0])
+        gradients, sums = engine.gradients(self._of_engine(params), feed_M, count)
+        return {"ends": gradients["ends"], "stacks": self.model.by_kind(lambda _: gradients["layers"])}, sums
+
+    def _of_engine(self, params: Params) -> Params:
+        """A tree like the parameters' as the engine takes it, whose layers are of one kind."""
+        (kind,) = self.model.kinds
+        return {"ends": params["ends"], "layers": kind.of(params["stacks"])}
 
     def _engine(self, doors: Activations, microbatches: int, forward: bool = False) -> Engine:
-        model, config = self.model, self.model.config
+        model, config, (kind,) = self.model, self.model.config, self.model.kinds
         schedule = self._forward_only if forward else self.schedule
 
         def context(feed: Any) -> Context:
-            return model.context(feed[0], doors, self.mask, feed[1])
+            return model.context(feed[0], doors, self.masks[0], feed[1])
 
         def layer(weights: Params, x_BTD: jax.Array, feed: Any, number: jax.Array) -> jax.Array:
-            return model.layer(weights, x_BTD, context(feed), number)
+            return model.layer(kind, weights, x_BTD, context(feed), number)
 
         if config.remat in ("full", "stage") and not forward:
             layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
@@ -385,7 +392,7 @@ class Program:
             ),
             placement=model.placement,
             table=schedule.table(self.stages, microbatches, keeps=forward or config.remat != "stage"),
-            weights=self.weights,
+            weights=self._of_engine(self.weights),
             scatter=doors.storage.scatter_microbatch,
             unroll=config.unroll,
         )
@@ -453,7 +460,7 @@ class Program:
         def run(params: Params, batch: Batch) -> jax.Array:
             used = self.use(doors, params)
             if self.stages > 1:
-                sums = self._engine(doors, count, forward=True).sums(used, (batch, None))
+                sums = self._engine(doors, count, forward=True).sums(self._of_engine(used), (batch, None))
             else:
                 parts = [jax.tree.map(lambda x: x[i], batch) for i in range(count)]  # noqa: B023 (used at once)
                 sums = sum((self._sums(doors, used, part, None) for part in parts), start=jnp.zeros(3))
@@ -467,7 +474,7 @@ class Program:
         doors = self.doors()
 
         def run(params: Params, batch: Batch) -> jax.Array:
-            return self.model.logits(self.use(doors, params), batch, doors, self.mask)
+            return self.model.logits(self.use(doors, params), batch, doors, self.masks)
 
         specs = (self.stored_specs, self.rows_spec)
         with self.exact():

@@ -79,11 +79,11 @@ def test_logits_are_those_of_a_whole_forward_pass(model: str, documents: bool):
     @jax.jit
     def run(params: dict) -> list[jax.Array]:
         cache, found = p.model.cache(len(arranged.last_B), filled + steps, doors), []
-        cache = decode._prefill(p, params, arranged, cache, doors)
+        cache = decode._prefill(p, params, arranged, cache, filled + steps, doors)
         for step in range(steps + 1):
             at_B = np.array([min(length - 1 + step, TABLE - 1) for length in LENGTHS] + [0] * 3)
             token_B1 = np.pad(tokens_BT, ((0, 3), (0, 0)))[np.arange(8), at_B][:, None]
-            seen_BTS = decode._seen(p.model.mask(False), arranged.length_B, filled, step, steps, doors)
+            seen_BTS = decode._seen(p.model.masks(False)[0], arranged.length_B, filled, step, steps, doors)
             h_BTD, cache = p.model.cached(params, token_B1, at_B[:, None], seen_BTS, filled + step, cache, doors)
             found.append(decode._next_logits(p, params, h_BTD, doors))
         return found

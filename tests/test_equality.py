@@ -220,7 +220,7 @@ def without_noise(case: Case, params: dict) -> dict:
     total = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(gradients).values()))
     keep = {name for name, g in flatten(gradients).items() if np.linalg.norm(g) > 1e-4 * total}
     params = {name: value for name, value in flatten(params).items() if name in keep}
-    for name in ("layers/attention/bias_KGH",):
+    for name in ("stacks/main/block/attention/bias_KGH",):
         if name in params:
             params[name] = np.delete(params[name], -2, axis=2)  # queries and values; not keys
     return params

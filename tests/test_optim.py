@@ -95,4 +95,4 @@ def test_moments_are_split_like_their_weights():
     moments = toys.flatten(state.moments[0].mu)
     for name, x in toys.flatten(state.params).items():
         assert moments[name].sharding == x.sharding, name
-    assert str(jax.typeof(moments["layers/mlp/out_FD"])) == "float32[2,64@(model,data),32]"
+    assert str(jax.typeof(moments["stacks/main/block/mlp/out_FD"])) == "float32[2,64@(model,data),32]"

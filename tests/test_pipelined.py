@@ -190,7 +190,7 @@ def test_what_a_layer_keeps_has_no_weights_in_it(zero: int, monkeypatch: pytest.
     none, selective, _ = (sum(x.size for x in found) for found in kept)
     assert selective < none
     assert [x.shape for x in kept[2] if x.dtype == jnp.float32] == [(2, 8, 96)]
-    matrices = {w.shape[1:] for w in flatten(p.weights["layers"]).values() if w.is_matrix}
+    matrices = {w.shape[1:] for w in flatten(p.weights["stacks"]).values() if w.is_matrix}
     shards = {tuple(n // 2 if i == j else n for i, n in enumerate(s)) for s in matrices for j in range(len(s))}
     assert not {x.shape for found in kept for x in found} & (matrices | shards)
 
@@ -230,7 +230,7 @@ def test_three_steps(case: Case):
     gradients, _ = reference(case.model, case.layers, case.dropout, case.documents)
     total = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(gradients).values()))
     told = {name for name, g in flatten(gradients).items() if np.linalg.norm(g) > 1e-4 * total}
-    told -= {"layers/attention/bias_KGH"}  # AdamW moves the keys' by rounding alone
+    told -= {"stacks/main/block/attention/bias_KGH"}  # AdamW moves the keys' by rounding alone
     for state in ("params", "moments"):
         a, b = (jax.tree.map(np.asarray, getattr(s, state)) for s in (found, wanted))
         if state == "moments":
@@ -331,7 +331,7 @@ def test_initial_weights_and_the_layers_order(mesh: tuple[int, int, int], layers
             assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
         back = p.placed(ordered)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), back, state)
-    assert ordered.params["layers"]["mlp"]["in_DF"].is_deleted(), "two copies of the state"
+    assert ordered.params["stacks"]["main"]["block"]["mlp"]["in_DF"].is_deleted(), "two copies of the state"
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_where_layers_lie(layers: int, stages: int, chunks: int, counts: tuple[i
     assert place.counts == counts and place.layer_of_row.tolist() == rows
     assert [rows[i] for i in place.row_of_layer] == list(range(layers))
     assert place.in_order == (rows == list(range(layers)))
-    weights = flatten(Model(dataclasses.replace(toys.GPT, layers=layers), place).weights["layers"])
+    weights = flatten(Model(dataclasses.replace(toys.GPT, layers=layers), place).weights["stacks"])
     assert {w.shape[0] for w in weights.values()} == {len(rows)} == {place.rows}
 
 

@@ -103,7 +103,7 @@ def program(
         partition=partition,
         compute=jnp.dtype(compute),
         stored=jnp.dtype(stored),
-        mask=built.mask(documents, prefix),
+        masks=built.masks(documents, prefix),
         steps=steps,
         schedule=schedule,
     )
@@ -141,7 +141,7 @@ def rows_of(p: Program, params: dict) -> dict:
         rows[layers < 0] = 0
         return rows
 
-    return params if p.model.placement.in_order else {**params, "layers": jax.tree.map(one, params["layers"])}
+    return params if p.model.placement.in_order else {**params, "stacks": jax.tree.map(one, params["stacks"])}
 
 
 def layers_of(p: Program, params: dict) -> dict:
@@ -149,9 +149,9 @@ def layers_of(p: Program, params: dict) -> dict:
     place = p.model.placement
     if place.in_order:
         return params
-    for name, x in flatten(params["layers"]).items():
+    for name, x in flatten(params["stacks"]).items():
         assert not np.asarray(x)[place.layer_of_row < 0].any(), f"{name} has something where no layer is"
-    return {**params, "layers": jax.tree.map(lambda x: np.asarray(x)[place.row_of_layer], params["layers"])}
+    return {**params, "stacks": jax.tree.map(lambda x: np.asarray(x)[place.row_of_layer], params["stacks"])}
 
 
 def state_of(p: Program, params: dict) -> TrainState:

@@ -28,7 +28,7 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
     model = Model(config.model, Placement.even(config.model.layers, stages, chunks))
     layout.check(flatten(model.weights))
     compute, _ = config.precision.resolve(devices[0])
-    mask = configs.mask_of(config)
+    masks = configs.masks_of(config)
     attention = config.model.attention
     heads, kv_heads = (
         count // layout.size(*layout.axes(name, "activations"))
@@ -39,7 +39,7 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
         Chip.of(devices[0]),
         compute.name,
         config.model.head_size,
-        mask,
+        *masks,
         rows=1,
         time=config.batch.sequence_length,
         dropout=config.model.attention_dropout,
@@ -53,7 +53,7 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
         partition=config.partition,
         compute=compute,
         stored=jnp.dtype(config.precision.params),
-        mask=mask,
+        masks=masks,
         steps=steps or config.steps or 1,
         schedule=config.pipeline,
     )

@@ -9,7 +9,7 @@ from data import BestFit, CausalLm, FillInTheMiddle, MaskedLm, SentencePairs, Wi
 from mtx import attention
 from mtx.config import schema
 from mtx.config.overrides import raise_all, sentence
-from mtx.config.root import Config, mask_of
+from mtx.config.root import Config, masks_of
 from mtx.config.schema import is_config, join, show
 from mtx.errors import Checked, ConfigError, DeviceError
 from mtx.layers import Learned
@@ -365,7 +365,7 @@ def _backend(case: _Case) -> Iterator[str]:
     chip = _MADE_FOR.get(config.model.attention.backend)
     if chip is None:
         return
-    mask = mask_of(config)
+    (mask,) = masks_of(config)
     dtype = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
     length, rate = config.batch.sequence_length, config.model.attention_dropout
     sizes = {"rows": 1, "time": length, "dropout": rate, "there": False}

@@ -14,8 +14,9 @@ def flops_per_token(model: Model, sequence_length: int) -> float:
     """Model FLOPs of one trained token, forward and backward (Chowdhery et al. 2022, appendix B).
 
     6 per element of every matmul weight: 2 forward, 4 backward. The head counts once, tied or not, and over the
-    padded vocabulary; embedding lookups, norms and biases count nothing. Attention adds 12 L T N H: queries with
-    keys, and probabilities with values, over all T keys. A causal mask does not halve it, remat adds nothing.
+    padded vocabulary; embedding lookups, norms and biases count nothing. Attention adds 12 L T N H, kind by kind of
+    layer: queries with keys, and probabilities with values, over all T keys. Neither a causal mask nor a window makes
+    it less, remat adds nothing.
     """
     config = model.config
     weights = flatten(model.ordered_weights)
@@ -23,5 +24,5 @@ def flops_per_token(model: Model, sequence_length: int) -> float:
     matmul = sum(math.prod(w.shape) for w in counted)
     if config.tied_head:
         matmul += math.prod(weights["ends/token_VD"].shape)
-    attention = config.layers * sequence_length * config.attention.heads * config.head_size
-    return 6.0 * matmul + 12.0 * attention
+    attention = sum(kind.count * kind.config.attention.heads * kind.config.head_size for kind in model.kinds)
+    return 6.0 * matmul + 12.0 * sequence_length * attention
