@@ -26,6 +26,7 @@ from mtx.layers import (
     Mlp,
     RMSNorm,
     Rotary,
+    Slots,
     SwiGLU,
     add_bias,
     dropout,
@@ -34,6 +35,7 @@ from mtx.layers import (
 )
 from mtx.layout import Placement, Weight
 from mtx.spmd import Activations, Params, relay, this_stage
+from mtx.stacks import PARTS, Block, Stack, repeated_name
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words
 
@@ -64,13 +66,15 @@ class Transformer:
     vocab_size: int
     """Tokens that exist. The table is padded to vocab_multiple, and the padding is masked."""
     layers: int
-    """Number of layers L."""
+    """Number of layers L, of all stacks together."""
     width: int
     """Model width D."""
     attention: AttentionConfig
-    """Self-attention of every layer."""
+    """Self-attention of every layer whose block has none of its own."""
     mlp: Gelu | SwiGLU
-    """Feed-forward part of every layer."""
+    """Feed-forward part of every layer whose block has none of its own."""
+    stacks: tuple[Stack, ...] | None = None
+    """Layers of several kinds, stack after stack; None: all layers are alike, one stack `main` of one `block`."""
     norm: LayerNorm | RMSNorm = LayerNorm()
     """Before attention, before feed-forward, and at the end."""
     positions: Learned | Rotary = Learned()
@@ -98,7 +102,7 @@ class Transformer:
     """What the backward pass computes again: nothing, attention's inside, or whole layers. stage, for the least memory:
     of a pipeline's stages only inputs are kept, and their layers computed twice again; without a pipeline, as full."""
     unroll: int = 1
-    """Layers per iteration of the layer loop: more compile time for fewer iterations."""
+    """Repetitions of a stack's pattern per iteration of its loop: more compile time for fewer iterations."""
 
     def check(self) -> Iterator[Problem]:
         for field in ("vocab_size", "layers", "width", "vocab_multiple", "unroll"):
@@ -109,16 +113,29 @@ class Transformer:
                 yield field, "must be at least 0 and below 1"
         if self.init_std <= 0:
             yield "init_std", "must be positive"
-        heads = self.attention.heads
-        if self.attention.head_size is None and heads > 0 and self.width % heads:
-            legal = [n for n in range(1, self.width + 1) if self.width % n == 0]
-            nearest = sorted(legal, key=lambda n: abs(n - heads))[:2]
-            why = f"does not divide width={self.width}; try {' or '.join(map(str, sorted(nearest)))}, or set head_size"
-            yield "attention.heads", why
-        elif isinstance(self.positions, Rotary) and heads > 0 and self.head_size % 2:
-            yield "attention.head_size", "must be even for rotary positions"
-        if self.layers > 0 and self.unroll > 0 and self.layers % self.unroll:
+        for path, config in {kind.path("attention"): kind.config for kind in self.kinds}.items():
+            heads = config.attention.heads
+            if config.attention.head_size is None and heads > 0 and self.width % heads:
+                legal = [n for n in range(1, self.width + 1) if self.width % n == 0]
+                nearest = " or ".join(map(str, sorted(sorted(legal, key=lambda n: abs(n - heads))[:2])))
+                yield f"{path}.heads", f"does not divide width={self.width}; try {nearest}, or set head_size"
+            elif isinstance(self.positions, Rotary) and heads > 0 and config.head_size % 2:
+                yield f"{path}.head_size", "must be even for rotary positions"
+        if self.stacks is None and self.layers > 0 and self.unroll > 0 and self.layers % self.unroll:
             yield "unroll", f"must divide layers={self.layers}"
+        if self.stacks is not None:
+            yield from self._check_stacks(self.stacks)
+
+    def _check_stacks(self, stacks: tuple[Stack, ...]) -> Iterator[Problem]:
+        if not stacks:
+            yield "stacks", "holds no stack; None means layers that are all alike"
+        elif twice := repeated_name([stack.name for stack in stacks]):
+            yield "stacks", f"names two stacks {twice!r}; give each a name of its own"
+        elif self.layers != (total := sum(stack.count * len(stack.pattern) for stack in stacks)):
+            yield "layers", f"must be {total}, the layers of all stacks"
+        for stack in stacks:
+            if self.unroll > 0 and stack.count % self.unroll:
+                yield "unroll", f"must divide the {stack.count} repetitions of stack {stack.name!r}"
 
     @property
     def head_size(self) -> int:
@@ -136,11 +153,16 @@ class Transformer:
     @property
     def repeated(self) -> "tuple[tuple[Kind, ...], ...]":
         """The kinds of layer of each stack, in the order in which a repetition of its pattern runs them."""
-        return ((Kind(self, MAIN, "block", first=0, step=1, count=self.layers),),)
-
-
-MAIN = "main"
-"""The stack of a model that names none."""
+        found, first = [], 0
+        for i, stack in enumerate((Stack(name="main", count=self.layers),) if self.stacks is None else self.stacks):
+            kinds = []
+            for j, block in enumerate(stack.pattern):
+                own = {part: value for part in PARTS if (value := getattr(block, part)) is not None}
+                config, at = replace(self, stacks=None, **own), f"stacks[{i}].pattern[{j}]"
+                kinds.append(Kind(config, stack.name, block, at, first + j, len(stack.pattern), stack.count))
+            found.append(tuple(kinds))
+            first += stack.count * len(stack.pattern)
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -150,7 +172,9 @@ class Kind:
     config: Transformer
     """The model's, with the block's parts in place of the model's own."""
     stack: str
-    block: str
+    block: Block
+    at: str
+    """Where the model's config has the block."""
     first: int
     """Number, among all of the model's layers, of the first one."""
     step: int
@@ -159,7 +183,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        return f"{self.stack}/{self.block}"
+        return f"{self.stack}/{self.block.name}"
 
     @property
     def numbers(self) -> np.ndarray:
@@ -168,7 +192,16 @@ class Kind:
 
     def of(self, tree: Mapping[str, Mapping[str, Any]]) -> Any:
         """What a tree by stack and block has of this kind."""
-        return tree[self.stack][self.block]
+        return tree[self.stack][self.block.name]
+
+    def path(self, part: str) -> str:
+        """Where the model's config says this part of the layers: in the block, or for all."""
+        return part if getattr(self.block, part) is None else f"{self.at}.{part}"
+
+    def ring(self, slots: int) -> int | None:
+        """Slots of a cache of each row's last tokens, which a window sees; None if it keeps so many tokens anyway."""
+        window = self.config.attention.window
+        return window if window is not None and window < slots else None
 
     def mask(self, documents: bool, prefix: bool = False) -> Mask:
         """What a token of these layers sees."""
@@ -266,7 +299,7 @@ class Model:
 
     def by_kind(self, f: Callable[[Kind], Any]) -> dict[str, dict[str, Any]]:
         """{stack: {block: f(kind)}}."""
-        return {kinds[0].stack: {kind.block: f(kind) for kind in kinds} for kinds in self.config.repeated}
+        return {kinds[0].stack: {kind.block.name: f(kind) for kind in kinds} for kinds in self.config.repeated}
 
     @cached_property
     def weights(self) -> Params:
@@ -392,8 +425,9 @@ class Model:
         def pattern(now: tuple[jax.Array, dict], xs: tuple[Params, list, jax.Array]) -> tuple[tuple, None]:
             (x, own), (weights, numbers, row) = now, xs
             for (kind, step), number in zip(steps, numbers, strict=True):
-                x, there = step(x, own[kind.block], weights[kind.block], number, row)
-                own = {**own, kind.block: there}
+                name = kind.block.name
+                x, there = step(x, own[name], weights[name], number, row)
+                own = {**own, name: there}
             return (x, own), None
 
         numbers_L = [jnp.arange(kind.first, kind.first + kind.step * count, kind.step) for kind in kinds]
@@ -417,11 +451,17 @@ class Model:
         return doors.local_einsum("BTD,VD->BTV", doors.enter(h_BTD, "V"), w_VD, jnp.float32)
 
     def cache(self, rows: int, slots: int, doors: Activations) -> dict[str, dict[str, Cache]]:
-        """An empty cache of each kind, for B rows, of all batch shards together, and S slots."""
+        """An empty cache of each kind, for B rows, of all batch shards together, and S tokens, or those of a window."""
 
         def one(kind: Kind) -> Cache:
             attention, layers = kind.config.attention, len(self._layer_of_row(kind))
-            shape = (layers, rows, slots, attention.kv_heads or attention.heads, kind.config.head_size)
+            shape = (
+                layers,
+                rows,
+                kind.ring(slots) or slots,
+                attention.kv_heads or attention.heads,
+                kind.config.head_size,
+            )
             return Cache(*(doors.zeros("LBSKH", shape, doors.compute) for _ in Cache._fields))
 
         return self.by_kind(one)
@@ -431,17 +471,17 @@ class Model:
         params: Params,
         token_BT: jax.Array,
         position_BT: jax.Array,
-        seen_BTS: jax.Array,
-        slot: jax.Array | int,
+        slots: Callable[[Kind], Slots],
         cache: dict[str, dict[str, Cache]],
         doors: Activations,
     ) -> tuple[jax.Array, dict[str, dict[str, Cache]]]:
-        """`hidden` of T more tokens, which go into the cache from `slot` on and see `seen_BTS` of its slots."""
-        mask = self.masks(documents=False)[0]
-        context = Context(doors, mask, token_BT, position_BT, None, seen_BTS=seen_BTS, slot=slot)
+        """`hidden` of T more tokens, which go into these slots of each kind's cache."""
+        context = Context(doors, self.masks(documents=False)[0], token_BT, position_BT, None)
         ends = _merge(self._ends, params["ends"])
 
         def step(kind: Kind, context: Context) -> Step:
+            context = replace(context, slots=slots(kind))
+
             def layer(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any]:
                 return _merge(kind.of(self._layers), weights)(x_BTD, replace(context, layer=number, row=row), cache)
 

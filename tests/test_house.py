@@ -34,6 +34,7 @@ ORDER = (
         "layers",
         "attention",
         "moe",
+        "stacks",
         "model",
         "losses",
         "optim",

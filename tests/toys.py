@@ -20,6 +20,7 @@ from mtx.model import Batch, Model, Transformer, flatten
 from mtx.optim import Counter, Optimizer, Sgd
 from mtx.pipeline import OneFOneB, Schedule
 from mtx.spmd import Compiled, Manual
+from mtx.stacks import Block, Stack
 from mtx.step import Program, TrainState
 from pallas_kernels.patterns import LocalGlobal
 
@@ -58,6 +59,31 @@ ODD = dataclasses.replace(
     ),
 )
 """What attention can be told at once, by tiles."""
+ALTERNATING = dataclasses.replace(
+    LLAMA,
+    layers=4,
+    attention=AttentionConfig(heads=16, kv_heads=8, softcap=5.0),
+    stacks=(
+        Stack(
+            name="main",
+            count=2,
+            pattern=(
+                Block(name="local", attention=AttentionConfig(heads=16, kv_heads=8, softcap=5.0, window=5)),
+                Block(name="full"),
+            ),
+        ),
+    ),
+)
+"""A window in every other layer, as Gemma 2 has it."""
+WIDE_FIRST = dataclasses.replace(
+    GPT,
+    layers=4,
+    stacks=(
+        Stack(name="first", count=3, pattern=(Block(mlp=Gelu(width=128)),)),
+        Stack(name="rest", count=1, pattern=(Block(attention=AttentionConfig(heads=8, head_size=6), norm=RMSNorm()),)),
+    ),
+)
+"""Three layers with wider feed-forward before one with larger heads and another norm."""
 MESHES = [(r, d, 8 // r // d) for r in (1, 2, 4, 8) for d in (1, 2, 4, 8) if r * d <= 8]
 """Every (replica, data, model) of eight devices."""
 

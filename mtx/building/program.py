@@ -1,6 +1,7 @@
 """From a config to the program that it describes."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +15,8 @@ from mtx.layout import BoundLayout, Placement
 from mtx.model import Model, flatten
 from mtx.step import Program
 from pallas_kernels.attention import Chip
+
+log = logging.getLogger("mtx")
 
 
 def build(config: Config, devices: Sequence[jax.Device], steps: int | None = None) -> Program:
@@ -29,21 +32,25 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
     layout.check(flatten(model.weights))
     compute, _ = config.precision.resolve(devices[0])
     masks = configs.masks_of(config)
-    attention = config.model.attention
-    heads, kv_heads = (
-        count // layout.size(*layout.axes(name, "activations"))
-        for name, count in (("heads", attention.heads), ("kv_heads", attention.kv_heads or attention.heads))
-    )
-    choose_backend(
-        dataclasses.replace(attention, heads=heads, kv_heads=kv_heads),
-        Chip.of(devices[0]),
-        compute.name,
-        config.model.head_size,
-        *masks,
-        rows=1,
-        time=config.batch.sequence_length,
-        dropout=config.model.attention_dropout,
-    )
+    for kind, mask in zip(model.kinds, masks, strict=True):
+        attention = kind.config.attention
+        heads, kv_heads = (
+            count // layout.size(*layout.axes(name, "activations"))
+            for name, count in (("heads", attention.heads), ("kv_heads", attention.kv_heads or attention.heads))
+        )
+        backend = choose_backend(
+            dataclasses.replace(attention, heads=heads, kv_heads=kv_heads),
+            Chip.of(devices[0]),
+            compute.name,
+            kind.config.head_size,
+            mask,
+            rows=1,
+            time=config.batch.sequence_length,
+            dropout=config.model.attention_dropout,
+            path=f"model.{kind.path('attention')}",
+        )
+        if len(model.kinds) > 1:
+            log.info("attention of %s: %s, %s", kind.name, backend, mask)
     return Program(
         model=model,
         mesh=mesh,
