@@ -72,8 +72,8 @@ def program(flags: argparse.Namespace, schedule: AnySchedule | None, remat: str)
     built = build(config, jax.devices()[: flags.stages])
     if flags.layer_ms:
         layer, seconds = built.model.layer, flags.layer_ms / 1e3
-        built.model.layer = lambda weights, x_BTD, context, number: layer(
-            weights, paced(x_BTD, seconds), context, number
+        built.model.layer = lambda kind, weights, x_BTD, context, number: layer(
+            kind, weights, paced(x_BTD, seconds), context, number
         )
     return built
 

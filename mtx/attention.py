@@ -14,7 +14,8 @@ from jax import lax
 from jax.nn import initializers
 
 from mtx.errors import ConfigError, Problem
-from mtx.layers import Context, Rotary, add_bias, vector, weight
+from mtx.layers import Context, Rotary, Slots, add_bias, vector, weight
+from mtx.spmd import Activations
 from pallas_kernels.attention import (
     BackendName,
     Chip,
@@ -85,21 +86,32 @@ class AttentionConfig:
 
 
 class Cache(NamedTuple):
-    """What attention keeps of earlier tokens: the keys, rotated already, and values of every layer, by slot."""
+    """What attention keeps of earlier tokens: keys, rotated already, and values of every layer of a kind, by slot."""
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
 
-    def write(self, layer: jax.Array | int, slot: jax.Array | int, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Cache":
-        """T slots of one layer replaced, from `slot`."""
-        at = tuple(jnp.asarray(i, jnp.int32) for i in (layer, 0, slot, 0, 0))
-        new = (x_BTKH.astype(self.k_LBSKH.dtype)[None] for x_BTKH in (k_BTKH, v_BTKH))
-        return Cache(*(lax.dynamic_update_slice(old, x, at) for old, x in zip(self, new, strict=True)))
+    def write(
+        self, layer: jax.Array | int, slots: Slots, k_BTKH: jax.Array, v_BTKH: jax.Array, doors: Activations
+    ) -> "Cache":
+        """One layer's slots with T more tokens in them."""
+        at = tuple(jnp.asarray(i, jnp.int32) for i in (layer, 0, slots.first, 0, 0))
+        new = [x_BTKH.astype(self.k_LBSKH.dtype) for x_BTKH in (k_BTKH, v_BTKH)]
+        if slots.token_BS is not None:
+            letters, kept = ("BSKH", "BTKH", "BS"), self.read(layer)
+            new = [doors.local(_taken, letters, "BSKH", *x, slots.token_BS) for x in zip(kept, new, strict=True)]
+        return Cache(*(lax.dynamic_update_slice(old, x[None], at) for old, x in zip(self, new, strict=True)))
 
     def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """k_BSKH and v_BSKH of one layer."""
         k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(x_LBSKH, layer, keepdims=False) for x_LBSKH in self)
         return k_BSKH, v_BSKH
+
+
+def _taken(old_BSKH: jax.Array, new_BTKH: jax.Array, token_BS: jax.Array) -> jax.Array:
+    """Slots that take the tokens of these numbers; -1 keeps what is there."""
+    new_BSKH = jnp.take_along_axis(new_BTKH, jnp.maximum(token_BS, 0)[..., None, None], axis=1)
+    return jnp.where((token_BS >= 0)[..., None, None], new_BSKH, old_BSKH)
 
 
 class Attention(nnx.Module):
@@ -133,11 +145,11 @@ class Attention(nnx.Module):
         """x_BTD of the residual stream -> its update, before dropout, and the cache with these tokens in it."""
         q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, context)
         if cache is not None:
-            assert context.seen_BTS is not None
-            cache = cache.write(context.row, context.slot, k_BTKH, v_BTKH)
-            out_BTNH, lse_BNT = cached_attention(
-                q_BTNH, *cache.read(context.row), context.seen_BTS, _scores(self.config, q_BTNH)
-            )
+            slots = context.slots
+            assert slots is not None
+            cache = cache.write(context.row, slots, k_BTKH, v_BTKH, context.doors)
+            keys_values = (k_BTKH, v_BTKH) if slots.alone else cache.read(context.row)
+            out_BTNH, lse_BNT = cached_attention(q_BTNH, *keys_values, slots.seen_BTS, _scores(self.config, q_BTNH))
             if self.sink_N is not None:
                 out_BTNH, _ = with_sinks(out_BTNH, lse_BNT, self.sink_N[...])
         else:
@@ -199,12 +211,12 @@ def _scores(config: AttentionConfig, q_BTNH: jax.Array) -> Scores:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """What no backend, or not the demanded one, can do is the config's mistake."""
+def refusing(path: str = "model.attention") -> Iterator[None]:
+    """What no backend, or not the demanded one, can do is the config's mistake, made at this path."""
     try:
         yield
     except Unable as error:
-        raise ConfigError(str(error).replace("backend=", "model.attention.backend=")) from None
+        raise ConfigError(str(error).replace("backend=", f"{path}.backend=")) from None
 
 
 def choose_backend(
@@ -218,10 +230,12 @@ def choose_backend(
     time: int,
     dropout: float,
     there: bool = True,
+    path: str = "model.attention",
 ) -> BackendName:
     """The backend that a call of these shapes will take, before anything is traced. If the chip is there, says which.
 
-    Raises: ConfigError if a demanded backend cannot do exactly what is asked, naming why and one that can.
+    Raises: ConfigError if a demanded backend cannot do exactly what is asked, naming why, one that can, and `path`, of
+    the attention's config.
     """
     asked = Question(
         chip=chip,
@@ -238,7 +252,7 @@ def choose_backend(
         dropout=dropout > 0,
         lse=config.sinks,
     )
-    with refusing():
+    with refusing(path):
         if there:
             return choose(config.backend, asked)
         refuse(config.backend, asked)

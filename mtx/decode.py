@@ -2,7 +2,8 @@
 
 Slots of the cache: the prompts but for their last tokens, padded on the right to a common length, then one
 slot per step that all rows write together. A row's positions are its own, so slots and positions differ;
-which slots a row sees is said explicitly.
+which slots a row sees is said explicitly. Layers with a window keep a row's last tokens alone: the slot of a
+token is its position modulo the window.
 """
 
 import functools
@@ -16,13 +17,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mtx.attention import Cache
 from mtx.errors import ConfigError, Problem
-from mtx.layers import Learned
+from mtx.layers import Learned, Slots
 from mtx.layout import RESIDUAL_TIME, BoundLayout, Layout
+from mtx.model import Kind
 from mtx.spmd import Activations, Params
 from mtx.step import Program
-from pallas_kernels.masks import Mask, sees
+from pallas_kernels.masks import sees
 from pallas_kernels.threefry import threefry2x32
 
 NEVER = -1e30
@@ -117,7 +118,7 @@ def refuse(program: Program, lengths: Sequence[int], tokens: int, sampling: Samp
             f"a prompt of {longest} tokens and {tokens} new ones do not fit the table of positions "
             f"(model.positions.length={table}); try {fits}."
         )
-    if longest + tokens > (reach := program.model.mask(False).reach()):
+    if longest + tokens > (reach := min(mask.reach() for mask in program.model.masks(False))):
         raise ConfigError(
             f"a prompt of {longest} tokens and {tokens} new ones do not fit the {reach} positions of "
             "model.attention.pattern.rows; try fewer tokens, or a shorter prompt."
@@ -181,7 +182,8 @@ class Loop(NamedTuple):
     step: jax.Array
     token_B: jax.Array
     """The newest token of each row, not in the cache yet."""
-    cache: Cache
+    cache: Any
+    """A Cache by stack and block."""
     out_BT: jax.Array
     done_B: jax.Array
     running: jax.Array
@@ -207,15 +209,16 @@ def _decode(
 
     def step(now: Loop) -> Loop:
         position_B = jnp.maximum(prompts.length_B - 1, 0) + now.step
-        slot, seen_BTS = filled + now.step, _seen(model.mask(False), prompts.length_B, filled, now.step, most, doors)
-        h_BTD, cache = model.cached(params, now.token_B[:, None], position_B[:, None], seen_BTS, slot, now.cache, doors)
+        slots = functools.partial(_next_slots, prompts.length_B, filled, now.step, most, doors)
+        token_B1, position_B1 = now.token_B[:, None], position_B[:, None]
+        h_BTD, cache = model.cached(params, token_B1, position_B1, slots, now.cache, doors)
         logits_BV = _next_logits(program, params, h_BTD, doors)[:, :vocab_size]
         token_B = draw(sampling, logits_BV, seed, prompts.number_B, position_B + 1)
         out_BT = lax.dynamic_update_slice_in_dim(now.out_BT, token_B[:, None], now.step, axis=1)
         done_B = now.done_B | (token_B == stop)
         return Loop(now.step + 1, token_B, cache, out_BT, done_B, _count(doors, ~done_B))
 
-    cache = _prefill(program, params, prompts, model.cache(rows, filled + most, doors), doors)
+    cache = _prefill(program, params, prompts, model.cache(rows, filled + most, doors), filled + most, doors)
     done_B = prompts.length_B == 0
     start = Loop(
         step=jnp.zeros((), jnp.int32),
@@ -232,33 +235,65 @@ def _count(doors: Activations, where_B: jax.Array) -> jax.Array:
     return doors.sum_over("B", jnp.sum(where_B, dtype=jnp.int32))
 
 
-def _prefill(program: Program, params: Params, prompts: Prompts, cache: Cache, doors: Activations) -> Cache:
+def _prefill(program: Program, params: Params, prompts: Prompts, cache: Any, size: int, doors: Activations) -> Any:
     """The cache with all of the prompts but their last tokens. Padding is computed and never seen."""
-    time, slots = prompts.tokens_BT.shape[1], cache.k_LBSKH.shape[2]
+    time = prompts.tokens_BT.shape[1]
     if time == 0:
         return cache
-    i_T, last_B1 = jnp.arange(time), jnp.maximum(prompts.length_B - 1, 0)[:, None]
-    position_BT = jnp.minimum(i_T[None], last_B1)  # padding may reach beyond a learned table
-    s_S = jnp.arange(slots)
-    mask = program.model.mask(False)
-    shape = (min(slots, mask.reach()),) * 2  # padding may reach beyond a pattern
+    last_B1 = jnp.maximum(prompts.length_B - 1, 0)[:, None]
+    position_BT = jnp.minimum(jnp.arange(time)[None], last_B1)  # padding may reach beyond a learned table
+    slots = functools.partial(_prompt_slots, prompts.length_B, time, size, doors)
+    return program.model.cached(params, prompts.tokens_BT, position_BT, slots, cache, doors)[1]
+
+
+def _prompt_slots(length_B: jax.Array, time: int, size: int, doors: Activations, kind: Kind) -> Slots:
+    """Slots of the prompts but for their last tokens, in an empty cache for `size` tokens."""
+    mask, ring = kind.mask(documents=False), kind.ring(size)
+    i_T, s_S = jnp.arange(time), jnp.arange(size if ring is None else time)
+    shape = (min(size, mask.reach()),) * 2  # padding may reach beyond a pattern
     seen_BTS = ((i_T[:, None] >= s_S) & sees(mask, i_T[:, None], s_S, shape))[None]
-    _, cache = program.model.cached(params, prompts.tokens_BT, position_BT, seen_BTS, 0, cache, doors)
-    return cache
+    if ring is None:
+        return Slots(seen_BTS)
+
+    def taken(length_B: jax.Array) -> jax.Array:
+        return jnp.maximum(_held(jnp.maximum(length_B - 1, 0) - 1, ring), -1)
+
+    return Slots(seen_BTS, token_BS=doors.local(taken, ("B",), "BS", length_B), alone=True)
 
 
-def _seen(mask: Mask, length_B: jax.Array, filled: int, step: jax.Array, most: int, doors: Activations) -> jax.Array:
-    """Slots that a row's new token sees, bool_BTS with one query: of its prompt, what was made of it, and itself."""
-    size = filled + most
+def _held(newest_B: jax.Array, ring: int) -> jax.Array:
+    """position_BS of the token in each slot of a ring, the newest one at `newest_B`; below 0 there is none yet."""
+    newest_B1 = newest_B[:, None]
+    return newest_B1 - (newest_B1 - jnp.arange(ring)) % ring
+
+
+def _next_slots(length_B: jax.Array, filled: int, step: jax.Array, most: int, doors: Activations, kind: Kind) -> Slots:
+    """The slot of a row's new token, and what it sees: of the prompt, of what was made of it, and itself."""
+    mask, size = kind.mask(documents=False), filled + most
+    ring, shape = kind.ring(size), (min(size, mask.reach()),) * 2
+
+    def held(length_B: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Its position_B1, and position_BS of all slots: below 0 where nothing is."""
+        own_B, s_S = jnp.maximum(length_B - 1, 0), jnp.arange(size)  # own_B: where what is made of a row begins
+        if ring is not None:
+            return (own_B + step)[:, None], _held(own_B + step, ring)
+        own_B1 = own_B[:, None]
+        written_BS = (s_S < jnp.minimum(own_B1, filled)) | ((s_S >= filled) & (s_S <= filled + step))
+        return own_B1 + step, jnp.where(written_BS, jnp.where(s_S < filled, s_S, own_B1 + s_S - filled), -1)
 
     def seen(length_B: jax.Array, step: jax.Array) -> jax.Array:
-        s_S = jnp.arange(size)
-        own_B1 = jnp.maximum(length_B - 1, 0)[:, None]  # the position of the first token that is made of each row
-        written_BS = (s_S < jnp.minimum(own_B1, filled)) | ((s_S >= filled) & (s_S <= filled + step))
-        position_BS = jnp.where(s_S < filled, s_S, own_B1 + s_S - filled)
-        return (written_BS & sees(mask, own_B1 + step, position_BS, (min(size, mask.reach()),) * 2))[:, None]
+        position_B1, held_BS = held(length_B, step)
+        return ((held_BS >= 0) & sees(mask, position_B1, jnp.maximum(held_BS, 0), shape))[:, None]
 
-    return doors.local(seen, ("B", ""), "BTS", length_B, jnp.asarray(step))
+    def taken(length_B: jax.Array, step: jax.Array) -> jax.Array:
+        position_B1, held_BS = held(length_B, step)
+        return jnp.where(held_BS == position_B1, 0, -1)
+
+    step = jnp.asarray(step)
+    seen_BTS = doors.local(seen, ("B", ""), "BTS", length_B, step)
+    if ring is None:
+        return Slots(seen_BTS, first=filled + step)
+    return Slots(seen_BTS, token_BS=doors.local(taken, ("B", ""), "BS", length_B, step))
 
 
 def _next_logits(program: Program, params: Params, h_BTD: jax.Array, doors: Activations) -> jax.Array:

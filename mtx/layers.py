@@ -20,6 +20,20 @@ from pallas_kernels.threefry import Words, keep_mask, threefry2x32
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Where a layer's cache takes T more tokens, and what these see."""
+
+    seen_BTS: jax.Array
+    """Which slots each token sees; where they are `alone`, which of the T tokens."""
+    first: jax.Array | int = 0
+    """Of a cache of all tokens: the slot of the first one; the others' follow."""
+    token_BS: jax.Array | None = None
+    """Of a cache of each row's last tokens: which of the T tokens a slot takes; -1 keeps what it has."""
+    alone: bool = False
+    """The tokens see one another alone, and the cache is empty."""
+
+
+@dataclass(frozen=True)
 class Context:
     """What every layer of one forward pass shares."""
 
@@ -34,12 +48,10 @@ class Context:
     type_BT: jax.Array | None = None
     """Which of two texts each token is of, for models that read pairs."""
     layer: jax.Array | int = 0
-    seen_BTS: jax.Array | None = None
-    """With a cache: which of its slots each token sees, instead of what mask and segments say."""
     row: jax.Array | int = 0
     """With a cache: which of its rows is this layer's."""
-    slot: jax.Array | int = 0
-    """With a cache: where the keys and values of the first token go; the others' follow."""
+    slots: Slots | None = None
+    """With a cache: where tokens go, and which each sees, instead of what mask and segments say."""
 
     def key(self, purpose: Literal["embedding", "attention", "attention_out", "mlp_out"]) -> Words:
         """Words per sequence for one use of randomness in this layer."""

@@ -1,17 +1,18 @@
 """The transformer, from typed parts: GPT-2, Llama 3 and what lies between are configs of it.
 
 `Model` is static: the abstract modules, their weights' declarations, and pure functions over a plain
-dict of arrays. Layers are one module with a leading L on every weight, run by `lax.scan`.
+dict of arrays. Layers of a kind are one module with a leading L on every weight; `lax.scan` runs them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
@@ -24,6 +25,7 @@ from mtx.layers import (
     Learned,
     RMSNorm,
     Rotary,
+    Slots,
     SwiGLU,
     add_bias,
     dropout,
@@ -32,7 +34,8 @@ from mtx.layers import (
 )
 from mtx.layout import Placement
 from mtx.spmd import Activations, Params, relay, this_stage
-from mtx.sums import Sums, as_declared, over_layers
+from mtx.stacks import PARTS, Block, Stack, repeated_name
+from mtx.sums import Sums, as_declared, in_order, of_kinds, over_layers
 from pallas_kernels.masks import Mask
 from pallas_kernels.threefry import Words
 
@@ -63,13 +66,15 @@ class Transformer:
     vocab_size: int
     """Tokens that exist. The table is padded to vocab_multiple, and the padding is masked."""
     layers: int
-    """Number of layers L."""
+    """Number of layers L, of all stacks together."""
     width: int
     """Model width D."""
     attention: AttentionConfig
-    """Self-attention of every layer."""
+    """Self-attention of every layer whose block has none of its own."""
     mlp: Gelu | SwiGLU
-    """Feed-forward part of every layer: a type that builds it."""
+    """Feed-forward part of every layer whose block has none of its own: a type that builds it."""
+    stacks: tuple[Stack, ...] | None = None
+    """Layers of several kinds, stack after stack; None: all layers are alike, one stack `main` of one `block`."""
     norm: LayerNorm | RMSNorm = LayerNorm()
     """Before attention, before feed-forward, and at the end."""
     positions: Learned | Rotary = Learned()
@@ -97,7 +102,7 @@ class Transformer:
     """What the backward pass computes again: nothing, attention's inside, or whole layers. stage, for the least memory:
     of a pipeline's stages only inputs are kept, and their layers computed twice again; without a pipeline, as full."""
     unroll: int = 1
-    """Layers per iteration of the layer loop: more compile time for fewer iterations."""
+    """Repetitions of a stack's pattern per iteration of its loop: more compile time for fewer iterations."""
 
     def check(self) -> Iterator[Problem]:
         for field in ("vocab_size", "layers", "width", "vocab_multiple", "unroll"):
@@ -108,16 +113,29 @@ class Transformer:
                 yield field, "must be at least 0 and below 1"
         if self.init_std <= 0:
             yield "init_std", "must be positive"
-        heads = self.attention.heads
-        if self.attention.head_size is None and heads > 0 and self.width % heads:
-            legal = [n for n in range(1, self.width + 1) if self.width % n == 0]
-            nearest = sorted(legal, key=lambda n: abs(n - heads))[:2]
-            why = f"does not divide width={self.width}; try {' or '.join(map(str, sorted(nearest)))}, or set head_size"
-            yield "attention.heads", why
-        elif isinstance(self.positions, Rotary) and heads > 0 and self.head_size % 2:
-            yield "attention.head_size", "must be even for rotary positions"
-        if self.layers > 0 and self.unroll > 0 and self.layers % self.unroll:
+        for path, config in {kind.path("attention"): kind.config for kind in self.kinds}.items():
+            heads = config.attention.heads
+            if config.attention.head_size is None and heads > 0 and self.width % heads:
+                legal = [n for n in range(1, self.width + 1) if self.width % n == 0]
+                nearest = " or ".join(map(str, sorted(sorted(legal, key=lambda n: abs(n - heads))[:2])))
+                yield f"{path}.heads", f"does not divide width={self.width}; try {nearest}, or set head_size"
+            elif isinstance(self.positions, Rotary) and heads > 0 and config.head_size % 2:
+                yield f"{path}.head_size", "must be even for rotary positions"
+        if self.stacks is None and self.layers > 0 and self.unroll > 0 and self.layers % self.unroll:
             yield "unroll", f"must divide layers={self.layers}"
+        if self.stacks is not None:
+            yield from self._check_stacks(self.stacks)
+
+    def _check_stacks(self, stacks: tuple[Stack, ...]) -> Iterator[Problem]:
+        if not stacks:
+            yield "stacks", "holds no stack; None means layers that are all alike"
+        elif twice := repeated_name([stack.name for stack in stacks]):
+            yield "stacks", f"names two stacks {twice!r}; give each a name of its own"
+        elif self.layers != (total := sum(stack.count * len(stack.pattern) for stack in stacks)):
+            yield "layers", f"must be {total}, the layers of all stacks"
+        for stack in stacks:
+            if self.unroll > 0 and stack.count % self.unroll:
+                yield "unroll", f"must divide the {stack.count} repetitions of stack {stack.name!r}"
 
     @property
     def head_size(self) -> int:
@@ -126,6 +144,68 @@ class Transformer:
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kinds(self) -> "tuple[Kind, ...]":
+        """The kinds of its layers, stack by stack."""
+        return tuple(kind for kinds in self.repeated for kind in kinds)
+
+    @property
+    def repeated(self) -> "tuple[tuple[Kind, ...], ...]":
+        """The kinds of layer of each stack, in the order in which a repetition of its pattern runs them."""
+        found, first = [], 0
+        for i, stack in enumerate((Stack(name="main", count=self.layers),) if self.stacks is None else self.stacks):
+            kinds = []
+            for j, block in enumerate(stack.pattern):
+                own = {part: value for part in PARTS if (value := getattr(block, part)) is not None}
+                config, at = replace(self, stacks=None, **own), f"stacks[{i}].pattern[{j}]"
+                kinds.append(Kind(config, stack.name, block, at, first + j, len(stack.pattern), stack.count))
+            found.append(tuple(kinds))
+            first += stack.count * len(stack.pattern)
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The layers that one block of a stack's pattern describes: one in each of its repetitions."""
+
+    config: Transformer
+    """The model's, with the block's parts in place of the model's own."""
+    stack: str
+    block: Block
+    at: str
+    """Where the model's config has the block."""
+    first: int
+    """Number, among all of the model's layers, of the first one."""
+    step: int
+    """Layers from one to the next: the blocks of the pattern."""
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack}/{self.block.name}"
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """int [count]: the numbers of its layers among all of the model's."""
+        return self.first + self.step * np.arange(self.count)
+
+    def of(self, tree: Mapping[str, Mapping[str, Any]]) -> Any:
+        """What a tree by stack and block has of this kind."""
+        return tree[self.stack][self.block.name]
+
+    def path(self, part: str) -> str:
+        """Where the model's config says this part of the layers: in the block, or for all."""
+        return part if getattr(self.block, part) is None else f"{self.at}.{part}"
+
+    def ring(self, slots: int) -> int | None:
+        """Slots of a cache of each row's last tokens, which a window sees; None if it keeps so many tokens anyway."""
+        window = self.config.attention.window
+        return window if window is not None and window < slots else None
+
+    def mask(self, documents: bool, prefix: bool = False) -> Mask:
+        """What a token of these layers sees."""
+        return self.config.attention.mask(causal=self.config.causal, documents=documents, prefix=prefix)
 
 
 class Ends(nnx.Module):
@@ -167,7 +247,7 @@ class Ends(nnx.Module):
         return self.token_VD if self.config.tied_head else self.head_VD
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
     """One layer: attention and feed-forward, each normed before and added after."""
 
     def __init__(self, config: Transformer, rngs: nnx.Rngs):
@@ -199,42 +279,62 @@ class Block(nnx.Module):
         return x_BTD + dropout(y_BTD, self.dropout, context, "mlp_out"), sums, cache
 
 
+Step: TypeAlias = Callable[[jax.Array, Any, Params, Any, Any], tuple[jax.Array, Any, Sums]]
+"""(x, own, a layer's weights, its number, its row in its kind's weights on this stage) -> (x, own, sums)."""
+
+
 class Model:
     """A config's modules, built abstractly once, as pure functions over a dict of arrays.
 
-    `placement` is where a pipeline has its layers; by default there is none.
+    `placement` is where a pipeline has its layers, which are of one kind; by default there is none.
     """
 
     def __init__(self, config: Transformer, placement: Placement | None = None):
         self.config, self.placement = config, placement or Placement.even(config.layers)
-        assert sum(self.placement.counts) == config.layers
+        self.kinds = config.kinds
+        assert sum(self.placement.counts) == config.layers == sum(kind.count for kind in self.kinds)
+        assert len(self.kinds) == 1 or self.placement.stages == 1, "a pipeline places layers of one kind"
         self._ends = nnx.split(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(params=0))))
-        block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0)))
-        self._block, self.statistics = nnx.split(block), block.mlp.statistics
+        layers = self.by_kind(lambda kind: nnx.eval_shape(partial(_layer, kind)))
+        self._layers = self.by_kind(lambda kind: nnx.split(kind.of(layers)))
+        self._statistics = self.by_kind(lambda kind: kind.of(layers).mlp.statistics)
+        self.statistics = of_kinds({kind.name: kind.of(self._statistics) for kind in self.kinds})
+
+    def by_kind(self, f: Callable[[Kind], Any]) -> dict[str, dict[str, Any]]:
+        """{stack: {block: f(kind)}}."""
+        return {kinds[0].stack: {kind.block.name: f(kind) for kind in kinds} for kinds in self.config.repeated}
 
     @cached_property
     def weights(self) -> Params:
         """The declaration of every weight, as a nested dict; layers' have a leading L, the rows of `placement`."""
-        return self._declared(self.placement.rows)
+        return self._declared(lambda kind: len(self._layer_of_row(kind)))
 
     @cached_property
     def ordered_weights(self) -> Params:
         """The same with the layers in their own order, as checkpoints have them."""
-        return self._declared(self.config.layers)
+        return self._declared(lambda kind: kind.count)
 
-    def _declared(self, layers: int) -> Params:
-        stack = partial(_map, lambda w: replace(w, dims="L" + w.dims, shape=(layers, *w.shape)))
-        return {"ends": _declarations(self._ends[1]), "layers": stack(_declarations(self._block[1]))}
+    def _declared(self, rows: Callable[[Kind], int]) -> Params:
+        def stacked(kind: Kind) -> Params:
+            declared = _declarations(kind.of(self._layers)[1])
+            return _map(lambda w: replace(w, dims="L" + w.dims, shape=(rows(kind), *w.shape)), declared)
+
+        return {"ends": _declarations(self._ends[1]), "stacks": self.by_kind(stacked)}
+
+    def _layer_of_row(self, kind: Kind) -> np.ndarray:
+        """int [rows]: the number of the layer in each row of a kind's weights; -1 for a row without one."""
+        return self.placement.layer_of_row if len(self.kinds) == 1 else kind.numbers
 
     def init(self, key: jax.Array) -> Params:
         """Initial weights in float32: pure, to be jitted with out_shardings; equal on every mesh."""
 
-        def block(i: jax.Array) -> Params:
-            arrays = _arrays(Block(self.config, nnx.Rngs(params=jax.random.fold_in(key, jnp.maximum(i, 0)))))
+        def layer(kind: Kind, i: jax.Array) -> Params:
+            arrays = _arrays(_layer(kind, jax.random.fold_in(key, jnp.maximum(i, 0))))
             return arrays if self.placement.is_even else _map(lambda x: jnp.where(i < 0, 0.0, x), arrays)
 
         ends = _arrays(Ends(self.config, nnx.Rngs(params=jax.random.fold_in(key, self.config.layers))))
-        return {"ends": ends, "layers": jax.vmap(block)(jnp.asarray(self.placement.layer_of_row))}
+        stacks = self.by_kind(lambda kind: jax.vmap(partial(layer, kind))(jnp.asarray(self._layer_of_row(kind))))
+        return {"ends": ends, "stacks": stacks}
 
     def context(self, batch: Batch, doors: Activations, mask: Mask, key_B: Words | None) -> Context:
         """What the layers share. `key_B` turns dropout on."""
@@ -248,71 +348,110 @@ class Model:
         return _merge(self._ends, ends).embed(token_BT, context)
 
     def layer(
-        self, weights: Params, x_BTD: jax.Array, context: Context, number: jax.Array | int
+        self, kind: Kind, weights: Params, x_BTD: jax.Array, context: Context, number: jax.Array | int
     ) -> tuple[jax.Array, Sums]:
-        """x_BTD after one layer, and the values of `statistics`; `weights` are that layer's, without L."""
-        x_BTD, sums, _ = _merge(self._block, weights)(x_BTD, replace(context, layer=number))
-        return x_BTD, as_declared(self.statistics, sums)
+        """x_BTD after one layer, and the values of its kind's statistics; `weights` are that layer's, without L."""
+        x_BTD, sums, _ = _merge(kind.of(self._layers), weights)(x_BTD, replace(context, layer=number))
+        return x_BTD, as_declared(kind.of(self._statistics), sums)
 
     def norm(self, ends: Params, x_BTD: jax.Array) -> jax.Array:
         """What head and loss read of the last layer's x_BTD."""
         return _merge(self._ends, ends).norm(x_BTD)
 
     def hidden(
-        self, params: Params, batch: Batch, doors: Activations, mask: Mask, key_B: Words | None
+        self, params: Params, batch: Batch, doors: Activations, masks: Sequence[Mask], key_B: Words | None
     ) -> tuple[jax.Array, Sums]:
-        """x_BTD of the residual stream after the final norm, and the sums of all layers. `key_B` turns dropout on.
+        """x_BTD of the residual stream after the final norm, and the sums of all layers. `masks` are those of `kinds`;
+        `key_B` turns dropout on.
 
         With several pipeline stages there are no sums: the engine puts them together.
         """
-        context = self.context(batch, doors, mask, key_B)
+        context = self.context(batch, doors, masks[0], key_B)
 
-        def layer(x_BTD: jax.Array, weights: Params, number: jax.Array) -> tuple[jax.Array, Sums]:
-            return self.layer(weights, x_BTD, context, number)
+        def step(kind: Kind, context: Context) -> Step:
+            context = replace(context, mask=masks[self.kinds.index(kind)])
 
-        if self.config.remat in ("full", "stage"):
-            layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
+            def layer(x_BTD: jax.Array, weights: Params, number: jax.Array) -> tuple[jax.Array, Sums]:
+                return self.layer(kind, weights, x_BTD, context, number)
 
-        def step(x_BTD: jax.Array, own: None, weights: Params, number: Any, row: Any) -> tuple[jax.Array, None, Sums]:
-            x_BTD, sums = layer(x_BTD, weights, number)
-            return x_BTD, own, sums
+            if self.config.remat in ("full", "stage"):
+                layer = jax.checkpoint(layer, prevent_cse=context.doors.unrolled)
+
+            def run(x_BTD: jax.Array, own: None, weights: Params, number: Any, row: Any) -> tuple[Any, None, Sums]:
+                x_BTD, sums = layer(x_BTD, weights, number)
+                return x_BTD, own, sums
+
+            return run
 
         x_BTD = self.embed(params["ends"], batch.tokens, context)
-        (x_BTD, _), sums_L = self._through(params, step, x_BTD, None)
-        return self.norm(params["ends"], x_BTD), over_layers(self.statistics, sums_L)
+        x_BTD, _, sums = self._through(params, context, step, x_BTD, self.by_kind(lambda kind: None))
+        return self.norm(params["ends"], x_BTD), over_layers(self.statistics, sums)
 
     def _through(
-        self, params: Params, step: Callable[..., tuple[jax.Array, Any, Sums]], x: jax.Array, own: Any
-    ) -> tuple[tuple[jax.Array, Any], Sums]:
-        """(x, own) through all layers: `step(x, own, a layer's weights, its number, its row on this stage)`; and their
-        sums, stacked, if there is one stage.
+        self, params: Params, context: Context, make: Callable[[Kind, Context], Step], x: jax.Array, own: Any
+    ) -> tuple[jax.Array, Any, Sums]:
+        """(x, own, sums) through all layers, each kind's by the step that `make` gives; sums are stacked, and there
+        are none with several pipeline stages.
 
-        `own` stays where it is; x goes from stage to stage of a pipeline, where this is not differentiated.
+        `own`, by stack and block, stays where it is; x goes from stage to stage of a pipeline, where this is not
+        differentiated.
         """
         place = self.placement
         if place.stages == 1:
+            found = []
+            for kinds in self.config.repeated:
+                stack = kinds[0].stack
+                x, there, sums = self._repeat(kinds, params["stacks"][stack], context, make, x, own[stack])
+                own = {**own, stack: there}
+                found.append(sums)
+            return x, own, in_order(found)
 
-            def layer(now: tuple[jax.Array, Any], xs: tuple[Params, jax.Array]) -> tuple[Any, Sums]:
-                weights, number = xs
-                x, own, sums = step(*now, weights, number, number)
-                return (x, own), sums
-
-            xs = (params["layers"], jnp.arange(self.config.layers))
-            return jax.lax.scan(layer, (x, own), xs, unroll=self.config.unroll)
+        (kind,) = self.kinds
+        weights_R, step = kind.of(params["stacks"]), make(kind, context)
 
         def chunk(i: jax.Array, now: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             at = this_stage(place, i)
 
             def layer(now: tuple[jax.Array, Any], j: jax.Array) -> tuple[Any, None]:
                 def run() -> tuple[jax.Array, Any]:
-                    weights = jax.tree.map(lambda w: w[at.row + j], params["layers"])
+                    weights = jax.tree.map(lambda w: w[at.row + j], weights_R)
                     return step(*now, weights, at.layer + j, at.row + j)[:2]
 
                 return (run() if place.is_even else jax.lax.cond(j < at.count, run, lambda: now)), None
 
             return jax.lax.scan(layer, now, jnp.arange(place.size), unroll=self.config.unroll)[0]
 
-        return relay(place, chunk, x, own), {}
+        x, there = relay(place, chunk, x, kind.of(own))
+        return x, self.by_kind(lambda _: there), {}
+
+    def _repeat(
+        self,
+        kinds: tuple[Kind, ...],
+        weights: Params,
+        context: Context,
+        make: Callable[[Kind, Context], Step],
+        x: jax.Array,
+        own: dict[str, Any],
+    ) -> tuple[jax.Array, dict[str, Any], list[Sums]]:
+        """(x, own, sums_L of each kind) through a stack: one loop over the repetitions of its pattern, whatever their
+        count."""
+        unroll, count = self.config.unroll, kinds[0].count
+        context = replace(context, doors=replace(context.doors, unrolled=unroll >= count))
+        steps = [(kind, make(kind, context)) for kind in kinds]
+
+        def pattern(now: tuple[jax.Array, dict], xs: tuple[Params, list, jax.Array]) -> tuple[tuple, list[Sums]]:
+            (x, own), (weights, numbers, row), each = now, xs, []
+            for (kind, step), number in zip(steps, numbers, strict=True):
+                name = kind.block.name
+                x, there, sums = step(x, own[name], weights[name], number, row)
+                own = {**own, name: there}
+                each.append(sums)
+            return (x, own), each
+
+        numbers_L = [jnp.arange(kind.first, kind.first + kind.step * count, kind.step) for kind in kinds]
+        xs = (weights, numbers_L, jnp.arange(count))
+        (x, own), sums = jax.lax.scan(pattern, (x, own), xs, unroll=unroll)
+        return x, own, sums
 
     def answer(self, ends: Params, first_BD: jax.Array, doors: Activations) -> jax.Array:
         """Float32 logits_BA for pairs, from the first token of `hidden`'s result."""
@@ -322,55 +461,73 @@ class Model:
         """The output projection, token_VD or its own."""
         return _merge(self._ends, ends).head
 
-    def logits(self, params: Params, batch: Batch, doors: Activations, mask: Mask) -> jax.Array:
+    def logits(self, params: Params, batch: Batch, doors: Activations, masks: Sequence[Mask]) -> jax.Array:
         """Float32 logits_BTV over the padded vocabulary (V is this rank's part of it)."""
-        return self.unembed(params, self.hidden(params, batch, doors, mask, None)[0], doors)
+        return self.unembed(params, self.hidden(params, batch, doors, masks, None)[0], doors)
 
     def unembed(self, params: Params, h_BTD: jax.Array, doors: Activations) -> jax.Array:
         """Float32 logits_BTV of `hidden`'s result."""
         w_VD = doors.storage.for_use(self.head(params["ends"]))
         return doors.local_einsum("BTD,VD->BTV", doors.enter(h_BTD, "V"), w_VD, jnp.float32)
 
-    def cache(self, rows: int, slots: int, doors: Activations) -> Cache:
-        """An empty cache for B rows, of all batch shards together, and S slots."""
-        attention = self.config.attention
-        shape = (self.placement.rows, rows, slots, attention.kv_heads or attention.heads, self.config.head_size)
-        return Cache(*(doors.zeros("LBSKH", shape, doors.compute) for _ in Cache._fields))
+    def cache(self, rows: int, slots: int, doors: Activations) -> dict[str, dict[str, Cache]]:
+        """An empty cache of each kind, for B rows, of all batch shards together, and S tokens, or those of a window."""
+
+        def one(kind: Kind) -> Cache:
+            attention, layers = kind.config.attention, len(self._layer_of_row(kind))
+            shape = (
+                layers,
+                rows,
+                kind.ring(slots) or slots,
+                attention.kv_heads or attention.heads,
+                kind.config.head_size,
+            )
+            return Cache(*(doors.zeros("LBSKH", shape, doors.compute) for _ in Cache._fields))
+
+        return self.by_kind(one)
 
     def cached(
         self,
         params: Params,
         token_BT: jax.Array,
         position_BT: jax.Array,
-        seen_BTS: jax.Array,
-        slot: jax.Array | int,
-        cache: Cache,
+        slots: Callable[[Kind], Slots],
+        cache: dict[str, dict[str, Cache]],
         doors: Activations,
-    ) -> tuple[jax.Array, Cache]:
-        """`hidden` of T more tokens, which go into the cache from `slot` on and see `seen_BTS` of its slots."""
-        mask = self.mask(documents=False)
-        context = Context(doors, mask, token_BT, position_BT, None, seen_BTS=seen_BTS, slot=slot)
+    ) -> tuple[jax.Array, dict[str, dict[str, Cache]]]:
+        """`hidden` of T more tokens, which go into these slots of each kind's cache."""
+        context = Context(doors, self.masks(documents=False)[0], token_BT, position_BT, None)
         ends = _merge(self._ends, params["ends"])
 
-        def step(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any, Sums]:
-            x_BTD, _, new = _merge(self._block, weights)(x_BTD, replace(context, layer=number, row=row), cache)
-            return x_BTD, new, {}
+        def step(kind: Kind, context: Context) -> Step:
+            context = replace(context, slots=slots(kind))
 
-        (x_BTD, cache), _ = self._through(params, step, ends.embed(token_BT, context), cache)
+            def layer(x_BTD: jax.Array, cache: Cache, weights: Params, number: Any, row: Any) -> tuple[Any, Any, Sums]:
+                own = replace(context, layer=number, row=row)
+                x_BTD, _, cache = _merge(kind.of(self._layers), weights)(x_BTD, own, cache)
+                return x_BTD, cache, {}
+
+            return layer
+
+        x_BTD, cache, _ = self._through(params, context, step, ends.embed(token_BT, context), cache)
         return ends.norm(x_BTD), cache
 
-    def mask(self, documents: bool, prefix: bool = False) -> Mask:
-        """What a token of every layer sees."""
-        return self.config.attention.mask(causal=self.config.causal, documents=documents, prefix=prefix)
+    def masks(self, documents: bool, prefix: bool = False) -> tuple[Mask, ...]:
+        """What a token sees in the layers of each of `kinds`."""
+        return tuple(kind.mask(documents, prefix) for kind in self.kinds)
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as `{"layers/mlp/in_DF": leaf}`."""
+    """A nested dict as `{"stacks/main/block/mlp/in_DF": leaf}`."""
     flat = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"
         flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
     return flat
+
+
+def _layer(kind: Kind, key: jax.Array | int = 0) -> Layer:
+    return Layer(kind.config, nnx.Rngs(params=key))
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:

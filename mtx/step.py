@@ -60,7 +60,8 @@ class Program:
     partition: Manual | Compiled
     compute: Any
     stored: Any
-    mask: Mask
+    masks: tuple[Mask, ...]
+    """What a token sees in the layers of each of the model's kinds."""
     steps: int
     schedule: Schedule = OneFOneB()
     """Of the mesh's pipeline stages, if there are several."""
@@ -239,7 +240,7 @@ class Program:
         dtypes: dict[str, Any] = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {
             "weights": jnp.float32
         }
-        if self.mask.has(Prefix):
+        if any(mask.has(Prefix) for mask in self.masks):
             dtypes["prefix"] = jnp.int32
         if self.model.config.pairs:
             dtypes |= {"types": jnp.int32, "label": jnp.int32}
@@ -382,7 +383,7 @@ class Program:
 
             def objective(some: Params) -> tuple[jax.Array, Sums]:
                 all_params = replaced(params, some)
-                h_BTD, sums = self.model.hidden(all_params, part, doors, self.mask, key_B)
+                h_BTD, sums = self.model.hidden(all_params, part, doors, self.masks, key_B)
                 loss, own = self._loss(doors, all_params["ends"], h_BTD, part)
                 return added(loss, seeds, sums), own | sums
 
@@ -427,20 +428,26 @@ class Program:
     def _pipelined(self, doors, params, batch: Batch, sample_MB: Counter, seed, count, seeds) -> tuple[Params, Sums]:
         """`_accumulate` over the stages of a pipeline: its microbatches are the step's."""
         feed_M, engine = (batch, sequence_keys(seed, sample_MB)), self._engine(doors, batch.tokens.shape[0], self._loss)
-        gradients, own, sums_R = engine.gradients(params, feed_M, count, seeds)
+        gradients, own, sums_R = engine.gradients(self._of_engine(params), feed_M, count, seeds)
+        gradients = {"ends": gradients["ends"], "stacks": self.model.by_kind(lambda _: gradients["layers"])}
         declared, place = self.model.statistics, self.model.placement
         sums_R = {name: all_layers(place, x) if declared[name].per_layer else x for name, x in sums_R.items()}
         return gradients, own | over_layers(declared, sums_R)
 
+    def _of_engine(self, tree: Params) -> Params:
+        """A tree of all weights, or of those that are trained, as the engine takes it, whose layers are of one kind."""
+        (kind,) = self.model.kinds
+        return {"ends": tree.get("ends", {}), "layers": kind.of(tree["stacks"]) if "stacks" in tree else {}}
+
     def _engine(self, doors: Activations, microbatches: int, finish: Callable, forward: bool = False) -> Engine:
-        model, config = self.model, self.model.config
+        model, config, (kind,) = self.model, self.model.config, self.model.kinds
         schedule = self._forward_only if forward else self.schedule
 
         def context(feed: Any) -> Context:
-            return model.context(feed[0], doors, self.mask, feed[1])
+            return model.context(feed[0], doors, self.masks[0], feed[1])
 
         def layer(weights: Params, x_BTD: jax.Array, feed: Any, number: jax.Array) -> tuple[jax.Array, Sums]:
-            return model.layer(weights, x_BTD, context(feed), number)
+            return model.layer(kind, weights, x_BTD, context(feed), number)
 
         if config.remat in ("full", "stage") and not forward:
             layer = jax.checkpoint(layer, prevent_cse=doors.unrolled)
@@ -452,7 +459,7 @@ class Program:
             ),
             placement=model.placement,
             table=schedule.table(self.stages, microbatches, keeps=forward or config.remat != "stage"),
-            weights={"ends": {}, "layers": {}} | self.trained_weights,
+            weights=self._of_engine(self.trained_weights),
             statistics=model.statistics,
             scatter=doors.storage.scatter_microbatch,
             unroll=config.unroll,
@@ -571,10 +578,10 @@ class Program:
         """`finish` of each microbatch, stacked; with several pipeline stages on the last, and zeros on the others."""
         used, (count, _, _) = self.use(doors, params), batch.tokens.shape
         if self.stages > 1:
-            return self._engine(doors, count, finish, forward=True).forward(used, (batch, None))
+            return self._engine(doors, count, finish, forward=True).forward(self._of_engine(used), (batch, None))
 
         def one(part: Batch) -> Any:
-            h_BTD, _ = self.model.hidden(used, part, doors, self.mask, None)
+            h_BTD, _ = self.model.hidden(used, part, doors, self.masks, None)
             return finish(doors, used["ends"], h_BTD, part)
 
         parts = [one(jax.tree.map(lambda x: x[i], batch)) for i in range(count)]  # noqa: B023 (used at once)
@@ -585,7 +592,7 @@ class Program:
         doors = self.doors()
 
         def run(params: Params, batch: Batch) -> jax.Array:
-            return self.model.logits(self.use(doors, params), batch, doors, self.mask)
+            return self.model.logits(self.use(doors, params), batch, doors, self.masks)
 
         specs = (self.stored_specs, self.rows_spec)
         with self.exact():

@@ -6,13 +6,14 @@ put together over layers, microbatches, pipeline stages and mesh axes as their d
 
 import abc
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from mtx.errors import ConfigError
 from mtx.spmd import Activations
 
 Sums: TypeAlias = dict[str, jax.Array]
@@ -28,7 +29,8 @@ class Statistic(abc.ABC):
     """Letters of the activation that it is of and, behind an arrow, those that its value still has: `BTF->F` is one
     number per hidden unit, `BTD->` is one number. Ranks that split the other letters hold parts of the value."""
     per_layer: bool = False
-    """Whether each layer has a value of its own: the result is stacked, with a leading L, in the layers' own order."""
+    """Whether each layer has a value of its own: the result is stacked, with a leading L, in the layers' own order. L
+    counts the layers of the kinds that declare it; a kind that does not has no row."""
     empty: ClassVar[float]
     """The value of nothing."""
 
@@ -121,6 +123,42 @@ def as_declared(declared: Statistics, sums: Sums) -> Sums:
 def both(declared: Statistics, x: Sums, y: Sums) -> Sums:
     """The values of two parts of a batch together."""
     return {name: declared[name].both(x[name], y[name]) for name in x}
+
+
+def of_kinds(kinds: Mapping[str, Statistics]) -> Statistics:
+    """The declarations of all kinds of layer together, from those of each by the kind's name.
+
+    Raises: ConfigError if two kinds declare one name differently.
+    """
+    found: dict[str, Statistic] = {}
+    for kind, declared in kinds.items():
+        for name, statistic in declared.items():
+            if found.setdefault(name, statistic) != statistic:
+                first = next(other for other, before in kinds.items() if name in before)
+                raise ConfigError(
+                    f"layers of {first} declare statistic {name} as {found[name]}, and those of {kind} as {statistic}; "
+                    "give it one declaration, or two names."
+                )
+    return found
+
+
+def in_order(stacks: Sequence[Sequence[Sums]]) -> Sums:
+    """Values of all layers in their own order, with a leading L, from those of each kind of layer, stacked, stack by
+    stack and block by block. A kind without a statistic has no row of it.
+
+    Raises: ConfigError if a value's shape differs between kinds.
+    """
+    found: Sums = {}
+    for name in dict.fromkeys(name for kinds in stacks for sums in kinds for name in sums):
+        values = [own_L for kinds in stacks if (own_L := [sums[name] for sums in kinds if name in sums])]
+        if len(shapes := dict.fromkeys(x.shape[1:] for own_L in values for x in own_L)) > 1:
+            raise ConfigError(
+                f"statistic {name} has values of shapes {' and '.join(map(str, shapes))} in layers of several kinds; "
+                "give it one shape, or a name for each."
+            )
+        rows = [x if len(own) == 1 else jnp.stack(own, 1).reshape(-1, *x.shape[1:]) for own in values for x in own[:1]]
+        found[name] = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+    return found
 
 
 def over_layers(declared: Statistics, sums_L: Sums) -> Sums:

@@ -64,7 +64,7 @@ class Feature:
 class WiderConfig(Config):
     """A config that takes the optimizers of tests/test_rules.py too, as whoever adds one does in config/root.py."""
 
-    optimizer: AdamW | Lion | Sgd | Muon | Adafactor | ScheduleFree | Sgd8
+    optimizer: AdamW | Lion | Sgd | Muon | Adafactor | ScheduleFree | Sgd8  # pyrefly: ignore
 
 
 BASE = WiderConfig(
@@ -183,7 +183,7 @@ FEATURES = (
     Feature(
         name="groups",
         group="groups",
-        groups=(Group(roles=("embedding",), frozen=True), Group(names="layers/mlp/*", rate=0.5), Group()),
+        groups=(Group(roles=("embedding",), frozen=True), Group(names="stacks/main/block/mlp/*", rate=0.5), Group()),
     ),
     *_what("ema", {"Ema": "ema=Ema"}),
 )
@@ -354,7 +354,8 @@ def updated(case: Case) -> tuple[dict, dict]:
             new, parts = step(state, given, jnp.float32(0.01))
             state = dataclasses.replace(state, step=state.step + 1, params=replaced(state.params, new), parts=parts)
         both = state.params, p.evaluated(state.params, state.parts)
-    return tuple(toys.layers_of(p, jax.tree.map(np.asarray, x)) for x in both)
+    weights, evaluated = (toys.layers_of(p, jax.tree.map(np.asarray, x)) for x in both)
+    return weights, evaluated
 
 
 # The page.

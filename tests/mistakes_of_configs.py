@@ -16,6 +16,7 @@ from mtx.mesh import MeshConfig
 from mtx.model import Transformer
 from mtx.optim import *
 from mtx.spmd import *
+from mtx.stacks import Block, Stack
 
 
 def get_config() -> Config:
@@ -590,6 +591,11 @@ FILE_MISTAKES = [
     (
         ("width=64", "width=64, remat='Full'"),
         "model.remat='Full' must be one of none, selective, full, stage; did you mean full?",
+    ),
+    (("layers=2", "layers=2, stacks=(Stack(name='main', count=0),)"), "model.stacks[0].count=0 must be at least 1."),
+    (
+        ("layers=2", "layers=2, stacks=(Stack(name='main', count=2, pattern=(Block(name='A'),)),)"),
+        "model.stacks[0].pattern[0].name=A must be lower-case letters, digits and _, such as local.",
     ),
     (("steps=3", "steps=3, optimiser=Lion()"), "Config has no field 'optimiser'; did you mean optimizer?"),
     (("AdamW(schedule", "AdamX(schedule"), "NameError: name 'AdamX' is not defined; did you mean AdamW?"),

@@ -161,7 +161,7 @@ def ours(config: Transformer, theirs: Mapping[str, np.ndarray], padding: float) 
 
     ends, blocks = names(config, left.pop, pad)
     assert not left, f"not mapped: {sorted(left)}"
-    return {"ends": ends, "layers": jax.tree.map(lambda *parts: np.stack(parts), *blocks)}
+    return {"ends": ends, "stacks": {"main": {"block": jax.tree.map(lambda *parts: np.stack(parts), *blocks)}}}
 
 
 def gpt2_names(config: Transformer, take, pad) -> tuple[dict, list[dict]]:

@@ -75,7 +75,7 @@ class Census:
         self.rows = hlo.census(program.as_text(), dict(self.program.mesh.shape), trips=M)
         self.wire = 4 if backend == "cpu" else 2
         weights = flatten(self.program.weights)
-        self.layers = sum(size(w) for name, w in weights.items() if w.role != "vector" and name.startswith("layers/"))
+        self.layers = sum(size(w) for name, w in weights.items() if w.role != "vector" and name.startswith("stacks/"))
         self.ends = sum(size(w) for name, w in weights.items() if w.role != "vector" and name.startswith("ends/"))
         self.vectors = sum(size(w) for w in weights.values() if w.role == "vector")
 

@@ -132,7 +132,9 @@ def test_restored_bit_by_bit_on_any_mesh(two_steps: tuple[Path, dict[str, str]],
     state = store.restore(found, p.abstract_state())
     assert digests(named(state))[0] == two_steps[1]
     assert jax.tree.map(lambda x: x.sharding, state) == p.state_shardings
-    np.testing.assert_array_equal(*(np.asarray(s.params["layers"]["mlp"]["out_FD"]) for s in (state, p.init(2))))
+    np.testing.assert_array_equal(
+        *(np.asarray(s.params["stacks"]["main"]["block"]["mlp"]["out_FD"]) for s in (state, p.init(2)))
+    )
     weights = store.restore(found, {"params": p.abstract_state().params})
     assert digests(named(weights))[0] == {k: v for k, v in two_steps[1].items() if k.startswith("params/")}
 
@@ -252,7 +254,7 @@ def test_a_kill_before_the_seal_costs_nothing(copy: Path, two_steps: tuple[Path,
 
 def test_what_was_written_is_not_what_was_promised(copy: Path):
     arrays = dict(manifests.read(copy / "2").arrays)
-    name = "moments/layers/mlp/out_FD/mu"
+    name = "moments/stacks/main/block/mlp/out_FD/mu"
     unseal(copy / "2", arrays=arrays | {name: dataclasses.replace(arrays[name], digest="0" * 16)})
     store = Store(copy, Checkpoints())
     with pytest.raises(DigestError, match=name):
@@ -269,9 +271,13 @@ MISFITS = {
     "shape": (
         dataclasses.replace(toys.LLAMA, mlp=dataclasses.replace(toys.LLAMA.mlp, width=128)),
         {},
-        r"params/layers/mlp/out_FD has shape \[2, 64, 32\] in the checkpoint, \[2, 128, 32\] in the model",
+        r"params/stacks/main/block/mlp/out_FD has shape \[2, 64, 32\] in the checkpoint, \[2, 128, 32\] in the model",
     ),
-    "dtype": (toys.LLAMA, {"stored": jnp.bfloat16}, r"params/layers/mlp/out_FD is float32 .* \(nothing is cast\)"),
+    "dtype": (
+        toys.LLAMA,
+        {"stored": jnp.bfloat16},
+        r"params/stacks/main/block/mlp/out_FD is float32 .* \(nothing is cast\)",
+    ),
     "missing": (dataclasses.replace(toys.LLAMA, bias=True), {}, r"bias_F is in the model and not in the checkpoint"),
     "unknown": (dataclasses.replace(toys.LLAMA, tied_head=True), {}, r"head_VD is in the checkpoint and not in the m"),
 }
@@ -371,14 +377,28 @@ def test_a_manifest_of_the_future_is_named(copy: Path):
     sealed = json.loads((copy / "2" / "manifest.json").read_text())
     body = sealed["manifest"] | {"format": 99}
     (copy / "2" / "manifest.json").write_text(manifests._sealed(body))
-    assert dict(Store(copy).newest().skipped) == {2: "manifest.json has format 99; this version reads 1"}
+    assert dict(Store(copy).newest().skipped) == {2: "manifest.json has format 99; this version reads 2"}
+
+
+def test_checkpoints_of_an_older_format_are_refused_in_one_sentence(copy: Path):
+    for step in ("1", "2"):
+        sealed = json.loads((copy / step / "manifest.json").read_text())
+        (copy / step / "manifest.json").write_text(manifests._sealed(sealed["manifest"] | {"format": 1}))
+    wanted = (
+        "holds checkpoints (steps: 2, 1) of another format than 2, the one that this version reads; use the version "
+    )
+    for rule, end in ((None, "."), (Checkpoints(), ", or train anew with --fresh, which moves them to earlier/.")):
+        with pytest.raises(CheckpointError, match=re.escape(f"{wanted}of mtx that wrote them{end}")):
+            Store(copy, rule).newest()
+    with pytest.raises(CheckpointError, match=r"step 2 of .* cannot be used: manifest.json has format 1; this version"):
+        Store(copy).at(2)
 
 
 def test_values_that_changed_under_a_right_hash_are_caught_by_their_digest(copy: Path):
     """As if Orbax read something else than what was written: the manifest seals a wrong digest."""
     store = Store(copy)
     manifest = store.newest().manifest
-    name = "params/layers/mlp/out_FD"
+    name = "params/stacks/main/block/mlp/out_FD"
     wrong = dataclasses.replace(manifest.arrays[name], digest="0" * 16)
     manifest = dataclasses.replace(manifest, arrays=manifest.arrays | {name: wrong})
     assert isinstance(manifest, Manifest)

@@ -16,7 +16,8 @@ from mtx.model import flatten
 from mtx.optim import AdamW, Constant, Sgd, Steps
 from mtx.spmd import Compiled, Manual, ManualActivations, ManualStorage, manual, map_weights
 
-MODELS = {"gpt": toys.GPT, "llama": toys.LLAMA, "odd": toys.ODD}
+UNIFORM = {"gpt": toys.GPT, "llama": toys.LLAMA, "odd": toys.ODD}
+MODELS = UNIFORM | {"alternating": toys.ALTERNATING, "wide": toys.WIDE_FIRST}
 GRADIENTS = 1e-5
 LOSS = 1e-5
 
@@ -72,7 +73,17 @@ def pairwise(cases: list[Case]) -> list[Case]:
 MATRIX = whole_matrix()
 USUAL = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (2, 1, 4))
 """Each axis alone, each pair of axes, and all three."""
-DEFAULT = pairwise([case for case in MATRIX if case.mesh in USUAL])
+STACKED = [
+    Case("alternating", False, 4, (1, 8, 1), 2, False, False),
+    Case("alternating", True, 4, (1, 4, 2), 3, True, False),
+    Case("alternating", False, 1, (2, 2, 2), 3, True, True),
+    Case("wide", True, 4, (8, 1, 1), 0, False, False),
+    Case("wide", False, 4, (1, 1, 8), 0, True, False),
+    Case("wide", False, 1, (2, 2, 2), 2, False, True),
+    Case("wide", True, 4, (2, 1, 4), 0, True, False),
+]
+"""Models of several kinds of layer: each axis, lowering and ZeRO 2 and 3 once."""
+DEFAULT = pairwise([case for case in MATRIX if case.mesh in USUAL and case.model in UNIFORM]) + STACKED
 
 
 @functools.cache
@@ -107,7 +118,7 @@ def test_gradients_whole_matrix(case: Case):
 
 
 def test_the_matrix_is_whole():
-    assert len(MATRIX) == 1032
+    assert len(MATRIX) == 1720
     assert {case.mesh for case in DEFAULT} == set(USUAL) < set(toys.MESHES)
 
 

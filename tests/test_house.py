@@ -35,6 +35,7 @@ ORDER = (
         "layers",
         "attention",
         "moe",
+        "stacks",
         "model",
         "losses",
         "optim",

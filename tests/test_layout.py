@@ -106,7 +106,9 @@ def test_a_gradient_is_summed_over_what_splits_the_activation_and_not_the_weight
 
 def test_indivisible_dimensions_name_weight_dimension_axis_and_legal_sizes():
     model = dataclasses.replace(toys.LLAMA, attention=dataclasses.replace(toys.LLAMA.attention, kv_heads=2))
-    with pytest.raises(ConfigError, match=r"kv_heads=2 of weight layers/attention/qkv_DKGH .*mesh.model=8.*: 1, 2\."):
+    with pytest.raises(
+        ConfigError, match=r"kv_heads=2 of weight stacks/main/block/attention/qkv_DKGH .*mesh.model=8.*: 1, 2\."
+    ):
         bound(model=8).check(flatten(Model(model).weights))
 
 

@@ -58,7 +58,7 @@ def normed(x_BTNH: jax.Array) -> jax.Array:
 
 
 GAINED = replace(toys.LLAMA, layers=3)
-GAINS = {f"layers/attention/{name}_gain_H" for name in ("query", "key")}
+GAINS = {f"stacks/main/block/attention/{name}_gain_H" for name in ("query", "key")}
 GAIN_CASES = [
     ((1, 1, 8), {}),
     ((2, 2, 2), {"zero": 1}),
@@ -98,7 +98,7 @@ def test_what_splits_the_data_is_not_what_splits_the_activation(gained: None, mo
         return tuple(axis for axis in self.splits("BTDL") if axis not in own)
 
     monkeypatch.setattr(BoundLayout, "reduce_axes", data_axes)
-    with pytest.raises(AssertionError, match=r"copies of layers/attention/\w+_gain_H differ"):
+    with pytest.raises(AssertionError, match=r"copies of stacks/main/block/attention/\w+_gain_H differ"):
         check(p, GAINED, toys.batch(), reference)
 
 
@@ -325,6 +325,6 @@ def test_zero_over_replicas_too(gathered: str):
     both = ("replica", "data")
     rows.append(Row(dimension=ZERO, weights=both, gradients=both, optimizer=both, gathered=gathered))
     p = toys.program(LLAMA, (2, 2, 2), rows=tuple(rows))
-    spec = p.layout.spec(flatten(p.weights)["layers/mlp/out_FD"], "weights")
+    spec = p.layout.spec(flatten(p.weights)["stacks/main/block/mlp/out_FD"], "weights")
     assert spec == jax.P(None, ("model", "replica", "data"), None)
     check(p, LLAMA, toys.batch(), reference(LLAMA))

@@ -19,7 +19,7 @@ def plain(p, params, arrays, config: CrossEntropy):
     batch = jax.tree.map(lambda x: x[0], toys.place(p, arrays, 1))
 
     def loss(params):
-        logits = p.model.logits(params, batch, p.doors(), p.mask)[..., : p.model.config.vocab_size]
+        logits = p.model.logits(params, batch, p.doors(), p.masks)[..., : p.model.config.vocab_size]
         lse = jax.nn.logsumexp(logits, axis=-1)
         nll = lse - jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
         return jnp.sum((nll + config.z_loss * lse**2) * batch.weights) / jnp.sum(batch.weights)

@@ -98,4 +98,5 @@ def test_moments_are_split_like_their_weights():
     moments = toys.flatten(state.parts["moments"])
     for name, x in toys.flatten(state.params).items():
         assert moments[f"{name}/mu"].sharding == moments[f"{name}/nu"].sharding == x.sharding, name
-    assert str(jax.typeof(moments["layers/mlp/out_FD/mu"])) == "float32[2,64@(model,data),32]"
+    name = "stacks/main/block/mlp/out_FD/mu"
+    assert str(jax.typeof(moments[name])) == "float32[2,64@(model,data),32]"

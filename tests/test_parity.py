@@ -188,7 +188,7 @@ def with_gradients(config: Transformer, params: dict) -> dict[str, np.ndarray]:
     move a query's scores alike."""
     flat = host(params)
     flat["ends/token_VD"] = flat["ends/token_VD"][: config.vocab_size]
-    flat["layers/attention/bias_KGH"] = np.delete(flat["layers/attention/bias_KGH"], -2, axis=2)
+    flat["stacks/main/block/attention/bias_KGH"] = np.delete(flat["stacks/main/block/attention/bias_KGH"], -2, axis=2)
     return flat
 
 
@@ -232,7 +232,7 @@ def test_initial_weights(config: Transformer, oracle) -> None:
     wanted = host(oracle.weights(config, oracle.fresh(config)))
     assert found.keys() == wanted.keys()
     for name, wanted_value in wanted.items():
-        stacked = name.startswith("layers/")
+        stacked = name.startswith("stacks/")
         pairs = zip(found[name], wanted_value, strict=True) if stacked else [(found[name], wanted_value)]
         for x, y in pairs:
             assert x.shape == y.shape, name

@@ -178,7 +178,7 @@ def test_what_is_broken_is_seen(what: str, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    "groups", [None, (Group(names="layers/*", roles=("matrix",), frozen=True), Group())], ids=["trained", "frozen"]
+    "groups", [None, (Group(names="stacks/*", roles=("matrix",), frozen=True), Group())], ids=["trained", "frozen"]
 )
 @pytest.mark.parametrize("zero", [0, 3])
 def test_what_a_layer_keeps_has_no_weights_in_it(zero: int, groups, monkeypatch: pytest.MonkeyPatch):
@@ -193,7 +193,7 @@ def test_what_a_layer_keeps_has_no_weights_in_it(zero: int, groups, monkeypatch:
     none, selective, _ = (sum(x.size for x in found) for found in kept)
     assert selective < none
     assert [x.shape for x in kept[2] if x.dtype == jnp.float32] == [(2, 8, 96)]
-    matrices = {w.shape[1:] for w in flatten(p.weights["layers"]).values() if w.role != "vector"}
+    matrices = {w.shape[1:] for w in flatten(p.weights["stacks"]).values() if w.role != "vector"}
     shards = {tuple(n // 2 if i == j else n for i, n in enumerate(s)) for s in matrices for j in range(len(s))}
     assert not {x.shape for found in kept for x in found} & (matrices | shards)
 
@@ -233,7 +233,7 @@ def test_three_steps(case: Case):
     gradients, _ = reference(case.model, case.layers, case.dropout, case.documents)
     total = np.sqrt(sum(np.sum(np.square(g)) for g in flatten(gradients).values()))
     told = {name for name, g in flatten(gradients).items() if np.linalg.norm(g) > 1e-4 * total}
-    told -= {"layers/attention/bias_KGH"}  # AdamW moves the keys' by rounding alone
+    told -= {"stacks/main/block/attention/bias_KGH"}  # AdamW moves the keys' by rounding alone
     for tree in (lambda state: state.params, lambda state: state.parts["moments"]):
         a, b = (flatten(jax.tree.map(np.asarray, tree(s))) for s in (found, wanted))
         assert a.keys() == b.keys()
@@ -330,7 +330,7 @@ def test_initial_weights_and_the_layers_order(mesh: tuple[int, int, int], layers
             assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
         back = p.placed(ordered)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), back, state)
-    assert ordered.params["layers"]["mlp"]["in_DF"].is_deleted(), "two copies of the state"
+    assert ordered.params["stacks"]["main"]["block"]["mlp"]["in_DF"].is_deleted(), "two copies of the state"
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_where_layers_lie(layers: int, stages: int, chunks: int, counts: tuple[i
     assert place.counts == counts and place.layer_of_row.tolist() == rows
     assert [rows[i] for i in place.row_of_layer] == list(range(layers))
     assert place.in_order == (rows == list(range(layers)))
-    weights = flatten(Model(dataclasses.replace(toys.GPT, layers=layers), place).weights["layers"])
+    weights = flatten(Model(dataclasses.replace(toys.GPT, layers=layers), place).weights["stacks"])
     assert {w.shape[0] for w in weights.values()} == {len(rows)} == {place.rows}
 
 

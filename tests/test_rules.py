@@ -288,15 +288,15 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(name: str, tmp_path: Path):
         for x, wanted in zip(jax.tree.leaves(p.ordered(found)), jax.tree.leaves(first.ordered(state)), strict=True):
             np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted))
     leaves = {key.rpartition("/")[2] for key in flatten(state.parts["moments"])}
-    assert {f"moments/layers/mlp/out_FD/{leaf}" for leaf in leaves if leaf != "square"} <= named(state).keys()
+    assert {f"moments/stacks/main/block/mlp/out_FD/{leaf}" for leaf in leaves if leaf != "square"} <= named(
+        state
+    ).keys()
 
 
 def test_blocks_that_do_not_divide_over_the_mesh_are_refused():
     narrow = dataclasses.replace(toys.GPT, mlp=dataclasses.replace(toys.GPT.mlp, width=8))
     toys.program(narrow, (1, 1, 4), optimizer=OPTIMIZERS["eight bits"][0])
-    with pytest.raises(
-        ConfigError, match=r"ff=4 of weight layers/mlp/bias_F/scale does not .* legal mesh.model: 1, 2, 4"
-    ):
+    with pytest.raises(ConfigError, match=r"ff=4 of weight .*/mlp/bias_F/scale does not .* legal mesh.model: 1, 2, 4"):
         toys.program(narrow, (1, 1, 8), optimizer=OPTIMIZERS["eight bits"][0])
 
 

@@ -104,7 +104,7 @@ def test_a_pipeline_s_checkpoint_goes_on_on_any_mesh(pipelined: Path, tmp_path: 
     assert {name: a.shape for name, a in Store(tmp_path / "copy/checkpoints").at(6).manifest.arrays.items()} == {
         name: a.shape for name, a in names.items()
     }
-    assert names["params/layers/mlp/in_DJF"].shape[0] == 5
+    assert names["params/stacks/main/block/mlp/in_DJF"].shape[0] == 5
 
 
 def test_a_damaged_newest_step_falls_back_says_so_and_is_kept(nine: Path, whole: Path):
@@ -184,7 +184,9 @@ def test_another_optimizer_is_refused_with_what_to_do(nine: Path):
 
 def test_another_shape_is_refused_even_then(nine: Path):
     said = runs.train(nine, "--devices", "1", "model.mlp.width=128", "--accept-changes", code=66)
-    assert "params/layers/mlp/out_FD has shape [1, 64, 32] in the checkpoint, [1, 128, 32] in the model" in said
+    assert (
+        "params/stacks/main/block/mlp/out_FD has shape [1, 64, 32] in the checkpoint, [1, 128, 32] in the model" in said
+    )
 
 
 @pytest.mark.slow

@@ -90,7 +90,9 @@ def test_the_average_is_that_of_float64(mesh: str):
             error = np.linalg.norm((x - wanted[name]).ravel())
             assert error <= 3e-7 * np.linalg.norm(wanted[name].ravel()), (number, name)
     assert updates == 5
-    weights, average = (host(p, tree)["layers/mlp/out_FD"] for tree in (states[-1].params, states[-1].parts["ema"]))
+    weights, average = (
+        host(p, tree)["stacks/main/block/mlp/out_FD"] for tree in (states[-1].params, states[-1].parts["ema"])
+    )
     assert np.linalg.norm((weights - average).ravel()) > 1e-3 * np.linalg.norm(weights.ravel())
 
 
@@ -297,6 +299,6 @@ def test_init_from_averages_the_weights_that_it_takes(without: Path, tmp_path: P
     runs.train(tmp_path, "--devices", "1", f"init_from={without}", "steps=1", "seed=3", "ema=Ema", "ema.warmup_steps=0")
     p = build(read_config(tmp_path), jax.devices()[:1])
     average, trained = (flatten(open_weights(tmp_path, p, evaluated=which)[1]) for which in (True, False))
-    for name in ("ends/token_VD", "layers/mlp/out_FD"):
+    for name in ("ends/token_VD", "stacks/main/block/mlp/out_FD"):
         x, a = np.asarray(trained[name]), np.asarray(average[name])
         assert 0 < np.linalg.norm((x - a).ravel()) < 0.05 * np.linalg.norm(x.ravel()), name

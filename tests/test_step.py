@@ -114,7 +114,7 @@ def test_a_step_keeps_every_shape_dtype_and_sharding(stored: str):
     kinds = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
     after, _ = one_step(p, state, toys.batch())
     assert kinds == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), after)
-    assert str(after.params["layers"]["mlp"]["in_DF"].dtype) == stored
+    assert str(after.params["stacks"]["main"]["block"]["mlp"]["in_DF"].dtype) == stored
     assert {str(x.dtype) for x in flatten(after.parts["moments"]).values()} == {"float32"}
 
 

@@ -17,10 +17,12 @@ from flax import nnx
 from jax import lax
 
 from mtx import decode, step
+from mtx.errors import ConfigError
 from mtx.layers import Context, Gelu, Mlp, add_bias, weight
-from mtx.model import Batch
+from mtx.model import Batch, Transformer
 from mtx.pipeline import GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble, engine
 from mtx.spmd import Compiled, Manual
+from mtx.stacks import Block, Stack
 from mtx.sums import Max, Statistics, Sum, Sums
 
 BOUND = 1e-5
@@ -71,6 +73,23 @@ class RoutedMlp(Mlp):
 
 MODEL = dataclasses.replace(toys.GPT, mlp=Routed(width=64), layers=5, tied_head=False)
 """Five layers are even on no pipeline."""
+SEVERAL = dataclasses.replace(
+    MODEL,
+    layers=7,
+    stacks=(
+        Stack(
+            name="main",
+            count=2,
+            pattern=(
+                Block(name="full"),
+                Block(name="plain", mlp=Gelu(width=96)),
+                Block(name="local", attention=dataclasses.replace(MODEL.attention, window=3)),
+            ),
+        ),
+        Stack(name="last", count=1),
+    ),
+)
+"""Layers of four kinds, of which three have statistics: 0, 2, 3, 5 and 6."""
 
 
 @functools.cache
@@ -83,23 +102,25 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def reference() -> tuple[dict, dict[str, np.ndarray]]:
+def reference(model: Transformer) -> tuple[dict, dict[str, np.ndarray]]:
     """Gradients of the objective, and its parts and all statistics by name."""
-    p = toys.program(MODEL)
+    p = toys.program(model)
+    layers = sorted((n, row, k) for k, kind in enumerate(p.model.kinds) for row, n in enumerate(kind.numbers.tolist()))
     batch = jax.tree.map(lambda x: x[0], toys.place(p, arrays(), 1))
     labels, tokens, rows = jnp.sum(batch.weights), jnp.sum(batch.segments > 0), len(batch.tokens)
 
     def objective(params: dict) -> tuple[jax.Array, dict]:
-        context = p.model.context(batch, p.doors(), p.mask, None)
+        context = p.model.context(batch, p.doors(), p.masks[0], None)
         x_BTD, each = p.model.embed(params["ends"], batch.tokens, context), []
-        for i in range(MODEL.layers):
-            own = jax.tree.map(lambda w, i=i: w[i], params["layers"])
-            x_BTD, found = p.model.layer(own, x_BTD, context, i)
+        for number, row, k in layers:
+            kind, seen = p.model.kinds[k], dataclasses.replace(context, mask=p.masks[k])
+            own = jax.tree.map(lambda w, row=row: w[row], kind.of(params["stacks"]))
+            x_BTD, found = p.model.layer(kind, own, x_BTD, seen, number)
             each.append(found)
-        logits = p.model.unembed(params, p.model.norm(params["ends"], x_BTD), p.doors())[..., : MODEL.vocab_size]
+        logits = p.model.unembed(params, p.model.norm(params["ends"], x_BTD), p.doors())[..., : model.vocab_size]
         lse = jax.nn.logsumexp(logits, axis=-1)
         nll = lse - jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
-        all_of = {name: jnp.stack([found[name] for found in each]) for name in each[0]}
+        all_of = {name: jnp.stack([found[name] for found in each if name in found]) for name in each[0]}
         found = {
             "router": jnp.sum(all_of["router"]),
             "energy": jnp.sum(all_of["energy"]),
@@ -115,25 +136,25 @@ def reference() -> tuple[dict, dict[str, np.ndarray]]:
         loss += 0.3 * found["router"] / tokens + 0.02 * found["energy"] / labels - 0.01 * jnp.sum(found["units"]) / rows
         return loss, found | {"objective": loss * labels}
 
-    gradients, found = jax.jit(jax.grad(objective, has_aux=True))(toys.weights_of(MODEL))
+    gradients, found = jax.jit(jax.grad(objective, has_aux=True))(toys.weights_of(model))
     return jax.tree.map(np.asarray, gradients), jax.tree.map(np.asarray, found)
 
 
 def test_the_reference_knows_its_statistics():
     """Each part of the objective moves weights, and none is alike for labels, tokens and rows."""
-    gradients, found = reference()
-    assert np.linalg.norm(gradients["layers"]["mlp"]["router_DE"]) > 1e-3
+    gradients, found = reference(MODEL)
+    assert np.linalg.norm(gradients["stacks"]["main"]["block"]["mlp"]["router_DE"]) > 1e-3
     assert found["load"].shape == found["peaks"].shape == (5, EXPERTS) and found["units"].shape == (5, 64)
     np.testing.assert_array_equal(found["load"].sum(axis=1), arrays()["tokens"].size)
     plain, _ = toys.gradients(toys.program(dataclasses.replace(MODEL, mlp=Gelu(width=64))), without_routers(), arrays())
-    del (mine := jax.tree.map(lambda x: x, gradients))["layers"]["mlp"]["router_DE"]
+    del (mine := jax.tree.map(lambda x: x, gradients))["stacks"]["main"]["block"]["mlp"]["router_DE"]
     with pytest.raises(AssertionError, match="off by"):
         toys.check_close(mine, plain, 1e-2)
 
 
 def without_routers() -> dict:
     params = toys.weights_of(MODEL)
-    del params["layers"]["mlp"]["router_DE"]
+    del params["stacks"]["main"]["block"]["mlp"]["router_DE"]
     return params
 
 
@@ -152,9 +173,9 @@ class Case(NamedTuple):
         words += [f"p{self.stages}", "r{}d{}m{}".format(*self.mesh), f"zero{self.zero}", self.remat]
         return "-".join([*words, "sp" * self.sequence_parallel, f"M{self.microbatches}"])
 
-    def program(self):
+    def program(self, model: Transformer = MODEL):
         return toys.program(
-            dataclasses.replace(MODEL, remat=self.remat),
+            dataclasses.replace(model, remat=self.remat),
             self.mesh,
             stages=self.stages,
             schedule=self.schedule,
@@ -190,9 +211,9 @@ SLOW = [
 ]
 
 
-def check(case: Case) -> None:
-    found, values = toys.gradients_and_sums(case.program(), toys.weights_of(MODEL), arrays(), case.microbatches)
-    wanted, wanted_values = reference()
+def check(case: Case, model: Transformer = MODEL) -> None:
+    found, values = toys.gradients_and_sums(case.program(model), toys.weights_of(model), arrays(), case.microbatches)
+    wanted, wanted_values = reference(model)
     toys.check_close(found, wanted, BOUND)
     assert values.keys() == wanted_values.keys()
     for name, value in wanted_values.items():
@@ -208,6 +229,58 @@ def test_gradients_and_values(case: Case):
 @pytest.mark.parametrize("case", [case for case in SLOW if case not in DEFAULT], ids=str)
 def test_gradients_and_values_of_more(case: Case):
     check(case)
+
+
+# Layers of several kinds.
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1, 2, 2), zero=3, sequence_parallel=True, remat="full"),
+        Case((1, 2, 4), zero=1, partition=Compiled(), microbatches=1),
+    ],
+    ids=str,
+)
+def test_layers_of_several_kinds(case: Case):
+    """Totals are of all kinds; values per layer are in the layers' own order, without those of kinds that have none."""
+    check(case, SEVERAL)
+
+
+class OtherMlp(RoutedMlp):
+    @property
+    def statistics(self) -> Statistics:
+        return {**super().statistics, "energy": Sum("BTF->")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other(Routed):
+    """One that declares a name of `Routed` differently."""
+
+    def build(self, width: int, bias: bool, std: float, out_std: float, rngs: nnx.Rngs) -> RoutedMlp:
+        return OtherMlp(self, width, bias, std, out_std, rngs)
+
+
+@pytest.mark.parametrize(
+    ("mlp", "said"),
+    [
+        (
+            Other(width=64),
+            r"layers of main/full declare statistic energy as Sum\(.*\), and those of main/plain as Sum\(",
+        ),
+        (
+            Routed(width=96),
+            r"statistic units has values of shapes \(64,\) and \(96,\) in layers of several kinds; give",
+        ),
+    ],
+)
+def test_kinds_that_do_not_agree_are_refused(mlp: Routed, said: str):
+    main, last = SEVERAL.stacks or ()
+    full, plain, local = main.pattern
+    pattern = (full, dataclasses.replace(plain, mlp=mlp), local)
+    model = dataclasses.replace(SEVERAL, stacks=(dataclasses.replace(main, pattern=pattern), last))
+    with pytest.raises(ConfigError, match=said):
+        toys.program(model).lower_train_step(1, 8, 16)
 
 
 # Controls: each breaks one thing, and a case must see it.
@@ -254,7 +327,7 @@ def of_rows(x_R: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_what_is_broken_is_seen(what: str, monkeypatch: pytest.MonkeyPatch):
-    reference()
+    reference(MODEL)
     why, case, *broken = BREAKS[what]
     monkeypatch.setattr(*broken)
     with pytest.raises(AssertionError, match=why):
@@ -265,7 +338,7 @@ def test_evaluation_and_generation_leave_them_out():
     p = toys.program(MODEL, (1, 1, 2), stages=2)
     params = toys.state_of(p, toys.weights_of(MODEL)).params
     nats, labels = toys.eval_sums(p, params, toys.place(p, arrays(), 4))
-    _, found = reference()
+    _, found = reference(MODEL)
     np.testing.assert_allclose([nats, labels], [found["cross_entropy"], found["labels"]], rtol=BOUND)
     alone = toys.program(MODEL)
     made = [

@@ -109,7 +109,7 @@ def test_eight_devices_see_the_same_losses(one_device: tuple[str, Path], tmp_pat
         for name in ("train/loss", "train/grad_norm", "param_norm", "lr", "val/loss", "val/bits_per_byte"):
             if name in wanted:
                 assert row[name] == pytest.approx(wanted[name], rel=2e-4), (row["step"], name)
-    assert "layers/mlp/out_FD" in text
+    assert "stacks/main/block/mlp/out_FD" in text
     assert sample(text) == sample(one_device[0]) != ""
 
 

@@ -27,7 +27,7 @@ from mtx.step import Program
 
 RATE = Constant(peak_lr=1e-2, warmup=Steps(count=2))
 SEQUENCES, TIME, MICROBATCHES = 16, 16, 4
-FROZEN = (Group(names="layers/mlp/*", frozen=True), Group(roles=("embedding",), frozen=True), Group())
+FROZEN = (Group(names="stacks/main/block/mlp/*", frozen=True), Group(roles=("embedding",), frozen=True), Group())
 CASES: dict[str, dict[str, Any]] = {
     "one device": {},
     **{f"ZeRO {zero}": {"mesh": (1, 4, 2), "zero": zero} for zero in range(4)},
@@ -74,7 +74,7 @@ def flops_of_gradients(p: Program, weights: Iterable[Weight]) -> int:
 def test_no_gradient_of_a_frozen_weight_is_computed(case: str):
     """The compiled step lacks exactly the products that would be their gradients."""
     p = program(FROZEN, **CASES[case])
-    frozen = [w for name, w in flatten(p.weights).items() if name.startswith("layers/mlp/")]
+    frozen = [w for name, w in flatten(p.weights).items() if name.startswith("stacks/main/block/mlp/")]
     assert flops(program(None, **CASES[case])) - flops(p) == flops_of_gradients(p, frozen)
 
 
@@ -95,7 +95,7 @@ def test_frozen_weights_have_no_state_and_never_change(case: str):
     with jax.set_mesh(p.mesh):
         for seed in range(2):
             state, _ = step(state, toys.place(p, toys.batch(seed=seed), MICROBATCHES), np.int32(MICROBATCHES))
-    frozen = {"ends/token_VD", "layers/mlp/in_DJF", "layers/mlp/out_FD"}
+    frozen = {"ends/token_VD", "stacks/main/block/mlp/in_DJF", "stacks/main/block/mlp/out_FD"}
     assert p.frozen == frozen
     after = flatten(state.params)
     for name, x in flatten(before.params).items():
@@ -112,14 +112,16 @@ def test_no_gradient_of_a_frozen_weight_is_accumulated():
 
     wide = dataclasses.replace(MODEL, mlp=replace(MODEL.mlp, width=1024))
     some, every = (toys.program(wide, optimizer=AdamW(schedule=RATE, groups=groups)) for groups in (FROZEN, None))
-    layers = sum(math.prod(w.shape) for name, w in flatten(some.weights).items() if name.startswith("layers/mlp/"))
+    layers = sum(
+        math.prod(w.shape) for name, w in flatten(some.weights).items() if name.startswith("stacks/main/block/mlp/")
+    )
     assert temporaries(every) - temporaries(some) > 4 * layers
 
 
 # Roles.
 
 
-class Adapted(model.Block):
+class Adapted(model.Layer):
     """A layer that is frozen, and small matrices beside it that are trained."""
 
     frozen = True
@@ -148,7 +150,7 @@ ADAPTERS = (Group(roles=("adapter",), rate=2.0, weight_decay=0.0), Group(frozen=
 @pytest.fixture
 def adapted(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """Gradients on one device; and from now on models have adapters."""
-    monkeypatch.setattr(model, "Block", Adapted)
+    monkeypatch.setattr(model, "Layer", Adapted)
     wide = dataclasses.replace(MODEL, bias=True)
     found, _ = toys.gradients(toys.program(wide, optimizer=AdamW(groups=ADAPTERS)), adapted_weights(), toys.batch())
     return flatten(found)
@@ -163,10 +165,10 @@ def adapted_weights() -> dict:
 def test_no_gradient_of_what_a_model_froze_is_computed(case: str, monkeypatch: pytest.MonkeyPatch):
     found = {}
     for block in (Adapted, Thawed):
-        monkeypatch.setattr(model, "Block", block)
+        monkeypatch.setattr(model, "Layer", block)
         p = program(None, **CASES[case])
         found[block] = flops(p)
-    matrices = [w for w in flatten(p.weights["layers"]).values() if w.role == "matrix"]
+    matrices = [w for w in flatten(p.weights["stacks"]).values() if w.role == "matrix"]
     assert found[Thawed] - found[Adapted] == flops_of_gradients(p, matrices)
 
 
@@ -177,7 +179,7 @@ def test_adapters_alone_are_trained(case: str, adapted: dict[str, np.ndarray]):
     """A model's own frozen weights; the groups freeze the rest."""
     config = dataclasses.replace(MODEL, bias=True)
     p = toys.program(config, optimizer=AdamW(schedule=RATE, groups=ADAPTERS), **CASES[case])
-    assert flatten(p.trained).keys() == {"layers/down_DQ", "layers/up_QD"} == adapted.keys()
+    assert flatten(p.trained).keys() == {"stacks/main/block/down_DQ", "stacks/main/block/up_QD"} == adapted.keys()
     assert {(t.rate, t.decay) for t in flatten(p.trained).values()} == {(2.0, 0.0)}
     found, _ = toys.gradients(p, adapted_weights(), toys.batch(), MICROBATCHES)
     toys.check_close(found, adapted, 1e-5)
@@ -201,8 +203,8 @@ def test_a_role_says_how_a_weight_is_stored_used_and_split(adapted: dict[str, np
         "adapter": "float32",
     }
     specs = {name: p.layout.spec(w, "weights") for name, w in flatten(p.weights).items()}
-    assert specs["layers/down_DQ"] == jax.P(None, "data", None)
-    assert specs["layers/norm_mlp/gain_D"] == jax.P(None, None)
+    assert specs["stacks/main/block/down_DQ"] == jax.P(None, "data", None)
+    assert specs["stacks/main/block/norm_mlp/gain_D"] == jax.P(None, None)
 
 
 @pytest.mark.parametrize("role", TREATMENTS)

@@ -20,6 +20,7 @@ from mtx.model import Batch, Model, Transformer, flatten
 from mtx.optim import Counter, Optimizer, Sgd
 from mtx.pipeline import OneFOneB, Schedule
 from mtx.spmd import Compiled, Manual
+from mtx.stacks import Block, Stack
 from mtx.state import Part, TrainState
 from mtx.step import Program
 from pallas_kernels.patterns import LocalGlobal
@@ -59,6 +60,31 @@ ODD = dataclasses.replace(
     ),
 )
 """What attention can be told at once, by tiles."""
+ALTERNATING = dataclasses.replace(
+    LLAMA,
+    layers=4,
+    attention=AttentionConfig(heads=16, kv_heads=8, softcap=5.0),
+    stacks=(
+        Stack(
+            name="main",
+            count=2,
+            pattern=(
+                Block(name="local", attention=AttentionConfig(heads=16, kv_heads=8, softcap=5.0, window=5)),
+                Block(name="full"),
+            ),
+        ),
+    ),
+)
+"""A window in every other layer, as Gemma 2 has it."""
+WIDE_FIRST = dataclasses.replace(
+    GPT,
+    layers=4,
+    stacks=(
+        Stack(name="first", count=3, pattern=(Block(mlp=Gelu(width=128)),)),
+        Stack(name="rest", count=1, pattern=(Block(attention=AttentionConfig(heads=8, head_size=6), norm=RMSNorm()),)),
+    ),
+)
+"""Three layers with wider feed-forward before one with larger heads and another norm."""
 MESHES = [(r, d, 8 // r // d) for r in (1, 2, 4, 8) for d in (1, 2, 4, 8) if r * d <= 8]
 """Every (replica, data, model) of eight devices."""
 
@@ -105,7 +131,7 @@ def program(
         partition=partition,
         compute=jnp.dtype(compute),
         stored=jnp.dtype(stored),
-        mask=built.mask(documents, prefix),
+        masks=built.masks(documents, prefix),
         steps=steps,
         schedule=schedule,
         more_parts=more_parts,
@@ -144,7 +170,7 @@ def rows_of(p: Program, params: dict) -> dict:
         rows[layers < 0] = 0
         return rows
 
-    return params if p.model.placement.in_order else {**params, "layers": jax.tree.map(one, params["layers"])}
+    return params if p.model.placement.in_order else {**params, "stacks": jax.tree.map(one, params["stacks"])}
 
 
 def layers_of(p: Program, params: dict) -> dict:
@@ -152,9 +178,9 @@ def layers_of(p: Program, params: dict) -> dict:
     place = p.model.placement
     if place.in_order:
         return params
-    for name, x in flatten(params["layers"]).items():
+    for name, x in flatten(params["stacks"]).items():
         assert not np.asarray(x)[place.layer_of_row < 0].any(), f"{name} has something where no layer is"
-    return {**params, "layers": jax.tree.map(lambda x: np.asarray(x)[place.row_of_layer], params["layers"])}
+    return {**params, "stacks": jax.tree.map(lambda x: np.asarray(x)[place.row_of_layer], params["stacks"])}
 
 
 def state_of(p: Program, params: dict) -> TrainState:

@@ -1,6 +1,7 @@
 """From a config to the program that it describes."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,8 @@ from mtx.model import Model, flatten
 from mtx.step import Program
 from pallas_kernels.attention import Chip
 
+log = logging.getLogger("mtx")
+
 
 def build(config: Config, devices: Sequence[jax.Device], steps: int | None = None) -> Program:
     """Builds the program that a config describes, on these devices, present or not; `steps` is the run's length.
@@ -28,22 +31,26 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
     model = Model(config.model, Placement.even(config.model.layers, stages, chunks))
     layout.check(flatten(model.weights))
     compute, _ = config.precision.resolve(devices[0])
-    mask = configs.mask_of(config)
-    attention = config.model.attention
-    heads, kv_heads = (
-        count // layout.size(*layout.axes(name, "activations"))
-        for name, count in (("heads", attention.heads), ("kv_heads", attention.kv_heads or attention.heads))
-    )
-    choose_backend(
-        dataclasses.replace(attention, heads=heads, kv_heads=kv_heads),
-        Chip.of(devices[0]),
-        compute.name,
-        config.model.head_size,
-        mask,
-        rows=1,
-        time=config.batch.sequence_length,
-        dropout=config.model.attention_dropout,
-    )
+    masks = configs.masks_of(config)
+    for kind, mask in zip(model.kinds, masks, strict=True):
+        attention = kind.config.attention
+        heads, kv_heads = (
+            count // layout.size(*layout.axes(name, "activations"))
+            for name, count in (("heads", attention.heads), ("kv_heads", attention.kv_heads or attention.heads))
+        )
+        backend = choose_backend(
+            dataclasses.replace(attention, heads=heads, kv_heads=kv_heads),
+            Chip.of(devices[0]),
+            compute.name,
+            kind.config.head_size,
+            mask,
+            rows=1,
+            time=config.batch.sequence_length,
+            dropout=config.model.attention_dropout,
+            path=f"model.{kind.path('attention')}",
+        )
+        if len(model.kinds) > 1:
+            log.info("attention of %s: %s, %s", kind.name, backend, mask)
     return Program(
         model=model,
         mesh=mesh,
@@ -53,7 +60,7 @@ def build(config: Config, devices: Sequence[jax.Device], steps: int | None = Non
         partition=config.partition,
         compute=compute,
         stored=jnp.dtype(config.precision.params),
-        mask=mask,
+        masks=masks,
         steps=steps or config.steps or 1,
         schedule=config.pipeline,
         more_parts=(config.ema,) if config.ema is not None else (),

@@ -16,9 +16,14 @@ NAME = "manifest.json"
 PROMISES = "promises"
 BESIDE = ".data"
 """Behind a step's number: files that processes of the run wrote besides its arrays, until it is sealed."""
-FORMAT = 1
+FORMAT = 2
+"""Of checkpoints. 2: weights of layers are named by stack and block, `stacks/main/block/...`; 1: `layers/...`."""
 THREADS = 8
 """Files hashed at a time: one thread hashes about 1.4 GiB/s where the CPU has SHA instructions."""
+
+
+class FormatError(ValueError):
+    """A checkpoint has another format than this version reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class Manifest:
 
     step: int
     arrays: Mapping[str, Array]
-    """By name, `params/layers/mlp/in_DF`."""
+    """By name, `params/stacks/main/block/mlp/in_DF`."""
     about: Mapping[str, Any]
     """What the trainer adds: config, position, hashes of data and tokenizer, versions."""
     val_loss: float | None = None
@@ -50,7 +55,7 @@ class Manifest:
 
 
 def tree_of(name: str) -> str:
-    """The tree of a state that an array belongs to by its name: `params` of `params/layers/mlp/in_DF`."""
+    """The tree of a state that an array belongs to by its name: `params` of `params/stacks/main/block/mlp/in_DF`."""
     return name.partition("/")[0]
 
 
@@ -125,14 +130,15 @@ def read_file(path: Path) -> Manifest:
         if raw.decode() != _sealed(body):
             raise ValueError
         if body["format"] != FORMAT:
-            raise ValueError(f"{NAME} has format {body['format']}; this version reads {FORMAT}")
+            raise FormatError(f"{NAME} has format {body['format']}; this version reads {FORMAT}")
         arrays = {name: Array(**a | {"shape": tuple(a["shape"])}) for name, a in body["arrays"].items()}
         files = {name: (size, sha256) for name, (size, sha256) in body["files"].items()}
         rest = {name: body[name] for name in ("step", "about", "val_loss")}
         return Manifest(arrays=arrays, files=files, **rest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = str(error) if NAME in str(error) else f"{NAME} is damaged: it does not agree with its own SHA-256"
-        raise ValueError(said) from None
+    except FormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{NAME} is damaged: it does not agree with its own SHA-256") from None
 
 
 def verify(folder: Path) -> Manifest:

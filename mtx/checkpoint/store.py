@@ -64,7 +64,7 @@ def kept(steps: Mapping[int, float | None], rule: Checkpoints) -> set[int]:
 
 
 def named(state: Any) -> dict[str, jax.Array]:
-    """The arrays of a state by name: `params/layers/mlp/in_DF`, `moments/0/mu/...`, `step`."""
+    """The arrays of a state by name: `params/stacks/main/block/mlp/in_DF`, `moments/0/mu/...`, `step`."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -241,7 +241,7 @@ class Store:
 
         Every process gets what process 0 finds. Raises: CheckpointError if there are steps and none verifies.
         """
-        found, why = None, list(skipped)
+        found, why, older = None, list(skipped), False
         steps = [step for step in self.steps() if below is None or step < below]
         if self.first:
             for step in steps:
@@ -252,9 +252,17 @@ class Store:
                     break
                 except ValueError as error:
                     why.append((step, str(error)))
-        chosen = _agreed(found.step if found else -1 if why else -2)
+                    older |= isinstance(error, manifests.FormatError)
+        chosen = _agreed(found.step if found else -3 if older else -1 if why else -2)
         if chosen == -2:
             return None
+        if chosen == -3:
+            said = ", ".join(str(step) for step in steps)
+            anew = ", or train anew with --fresh, which moves them to earlier/" if self.rule is not None else ""
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints (steps: {said}) of another format than {manifests.FORMAT}, the one "
+                f"that this version reads; use the version of mtx that wrote them{anew}."
+            )
         if chosen == -1:
             said = "; ".join(f"step {step}: {reason}" for step, reason in why) or "see process 0"
             anew = ", or train anew with --fresh, which moves them to earlier/ and deletes nothing."

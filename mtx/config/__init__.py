@@ -9,7 +9,7 @@ from mtx.config.cluster import Cluster
 from mtx.config.loading import Loaded, load, workdir
 from mtx.config.overrides import override
 from mtx.config.printing import differences, dump, help_text, print_help, read_dump, text
-from mtx.config.root import BatchConfig, Config, mask_of, microbatches, total_steps
+from mtx.config.root import BatchConfig, Config, masks_of, microbatches, total_steps
 from mtx.config.run_folder import read_config, versions, write_run_folder
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "dump",
     "help_text",
     "load",
-    "mask_of",
+    "masks_of",
     "microbatches",
     "override",
     "print_help",

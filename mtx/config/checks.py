@@ -9,14 +9,14 @@ from data import BestFit, CausalLm, FillInTheMiddle, MaskedLm, SentencePairs, Wi
 from mtx import attention
 from mtx.config import schema
 from mtx.config.overrides import raise_all, sentence
-from mtx.config.root import Config, mask_of
+from mtx.config.root import Config, masks_of
 from mtx.config.schema import is_config, join, show
 from mtx.errors import Checked, ConfigError, DeviceError
 from mtx.layers import Learned
 from mtx.layout import LAYER, RESIDUAL_TIME, STAGES, BoundLayout
 from mtx.mesh import MeshConfig, batch_shards
 from mtx.mesh import sizes as mesh_sizes
-from mtx.model import Model, flatten
+from mtx.model import Kind, Model, flatten
 from mtx.optim import grouped
 from mtx.spmd import Compiled
 from pallas_kernels.attention import Chip
@@ -103,8 +103,8 @@ def _typed(value: Any) -> str:
 
 
 def _at(value: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        value = getattr(value, name)
+    for name in dotted.replace("]", "").replace("[", ".").split("."):
+        value = value[int(name)] if name.isdigit() else getattr(value, name)
     return value
 
 
@@ -130,7 +130,7 @@ class _Case:
         if self.num_devices is None:
             return text
         factor = self.sizes[axis] // size
-        if axis == "data" and any(n % (self.sizes["model"] * factor) for n in _split_sizes(self.config).values()):
+        if axis == "data" and any(n % (self.sizes["model"] * factor) for _, n, _ in _split_sizes(self.config)):
             return None
         if axis == "model" and self.config.batch.global_size % (batch_shards(self.sizes) * factor):
             return None
@@ -214,6 +214,11 @@ def _pipeline(case: _Case) -> Iterator[str]:
         yield f"mesh.pipeline={stages} needs partition=Manual: in Compiled no stage can do work of its own."
     if not any(row.dimension == LAYER for row in config.layout.table()):
         yield f"mesh.pipeline={stages} needs a row in layout.rows that splits layer over pipeline, as megatron() has."
+    if len(kinds := config.model.kinds) > 1:
+        yield (
+            f"mesh.pipeline={stages} places layers of one kind, and model.stacks has {len(kinds)} "
+            f"({', '.join(kind.name for kind in kinds)}); try mesh.pipeline=1."
+        )
     if stages * chunks > layers:
         tries = [change] if (change := case.fewer_stages(layers // chunks)) else []
         tries += [f"pipeline.chunks={layers // stages}"] if layers // stages > 1 else []
@@ -252,13 +257,15 @@ def _positions(case: _Case) -> Iterator[str]:
 
 
 def _pattern(case: _Case) -> Iterator[str]:
-    length, pattern = case.config.batch.sequence_length, case.config.model.attention.pattern
-    if pattern is not None and length > (reach := pattern.reach()):
-        yield (
-            f"batch.sequence_length={length} is longer than the {reach} positions of model.attention.pattern.rows; try "
-            f"batch.sequence_length={reach}, or model.attention.pattern.block="
-            f"{-(-length * pattern.block // reach)}, or more rows."
-        )
+    length = case.config.batch.sequence_length
+    for path, kind in _attentions(case.config).items():
+        pattern = kind.config.attention.pattern
+        if pattern is not None and length > (reach := pattern.reach()):
+            yield (
+                f"batch.sequence_length={length} is longer than the {reach} positions of {path}.pattern.rows; try "
+                f"batch.sequence_length={reach}, or {path}.pattern.block={-(-length * pattern.block // reach)}, or "
+                "more rows."
+            )
 
 
 def _vocabulary(case: _Case) -> Iterator[str]:
@@ -321,21 +328,25 @@ def _rows(case: _Case) -> Iterator[str]:
         )
 
 
-def _split_sizes(config: Config) -> dict[str, int]:
-    """Sizes of the dimensions that tensor parallelism may split, by name."""
-    model = config.model
-    return {
-        "heads": model.attention.heads,
-        "kv_heads": model.attention.kv_heads or model.attention.heads,
-        "ff": model.mlp.width,
-        "vocab": model.padded_vocab,
-    }
+def _attentions(config: Config) -> dict[str, Kind]:
+    """A kind of layer for each attention of the model, by its path in the config."""
+    return {f"model.{kind.path('attention')}": kind for kind in config.model.kinds}
+
+
+def _split_sizes(config: Config) -> list[tuple[str, int, Kind]]:
+    """The dimensions that tensor parallelism may split, by name, their sizes, and the layers that have them."""
+    attentions = _attentions(config).values()
+    found = [("heads", kind.config.attention.heads, kind) for kind in attentions]
+    found += [("kv_heads", kind.config.attention.kv_heads or kind.config.attention.heads, kind) for kind in attentions]
+    by_mlp = {kind.path("mlp"): kind for kind in config.model.kinds}
+    found += [("ff", kind.config.mlp.width, kind) for kind in by_mlp.values()]
+    return [*found, ("vocab", config.model.padded_vocab, config.model.kinds[0])]
 
 
 def _tensor_parallel(case: _Case) -> Iterator[str]:
-    model, layout = case.config.model, case.layout
-    heads = model.attention.heads
-    for dimension, size in _split_sizes(case.config).items():
+    layout = case.layout
+    for dimension, size, kind in _split_sizes(case.config):
+        model, heads = kind.config, kind.config.attention.heads
         axes = layout.axes(dimension, "weights")
         parts = layout.size(*axes)
         if size % parts == 0 or (dimension == "kv_heads" and model.attention.kv_heads is None):
@@ -343,15 +354,15 @@ def _tensor_parallel(case: _Case) -> Iterator[str]:
         mesh = "mesh." + "*".join(axes)
         where, tries = f"{mesh}={parts}", []
         if dimension == "heads":
-            path = "model.attention.heads"
+            path = f"model.{kind.path('attention')}.heads"
             kv_heads = model.attention.kv_heads or 1
             able = [n for n in range(parts, 2 * max(size, parts) + 1, parts) if n % kv_heads == 0]
             tries = [n for n in able if model.attention.head_size or model.width % n == 0]
         elif dimension == "kv_heads":
-            path = "model.attention.kv_heads"
+            path = f"model.{kind.path('attention')}.kv_heads"
             tries = [n for n in range(parts, heads + 1, parts) if heads % n == 0]
         elif dimension == "ff":
-            path, tries = "model.mlp.width", _around(size, parts)
+            path, tries = f"model.{kind.path('mlp')}.width", _around(size, parts)
         else:
             path, tries = "model.vocab_multiple", [math.lcm(model.vocab_multiple, parts)]
             where += f" (the vocabulary, padded, has {size} rows)"
@@ -374,17 +385,18 @@ _MADE_FOR = {
 def _backend(case: _Case) -> Iterator[str]:
     """A demanded attention backend that could not do this on the chip that it is made for either."""
     config = case.config
-    chip = _MADE_FOR.get(config.model.attention.backend)
-    if chip is None:
-        return
-    mask = mask_of(config)
     dtype = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
     length, rate = config.batch.sequence_length, config.model.attention_dropout
     sizes = {"rows": 1, "time": length, "dropout": rate, "there": False}
-    try:
-        attention.choose_backend(config.model.attention, chip, dtype, config.model.head_size, mask, **sizes)
-    except ConfigError as error:
-        yield str(error)
+    masks = dict(zip([kind.name for kind in config.model.kinds], masks_of(config), strict=True))
+    for path, kind in _attentions(config).items():
+        asked = kind.config.attention
+        if (chip := _MADE_FOR.get(asked.backend)) is None:
+            continue
+        try:
+            attention.choose_backend(asked, chip, dtype, kind.config.head_size, masks[kind.name], path=path, **sizes)
+        except ConfigError as error:
+            yield str(error)
 
 
 _QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[_Case], Iterator[str]]], ...] = (

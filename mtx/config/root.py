@@ -158,12 +158,12 @@ class Config:
 LENGTHS = ("steps", "tokens", "epochs")
 
 
-def mask_of(config: Config) -> Mask:
-    """What a token of every layer sees."""
+def masks_of(config: Config) -> tuple[Mask, ...]:
+    """What a token sees in the layers of each of the model's kinds."""
     attention = config.objective.attention
     # Padding, which has a segment of its own, is hidden from what sees both ways; several prompts share a row.
     apart = config.packing.isolate_documents or attention == "both" or isinstance(config.objective, Completion)
-    return config.model.attention.mask(causal=config.model.causal, documents=apart, prefix=attention == "prefix")
+    return tuple(kind.mask(apart, attention == "prefix") for kind in config.model.kinds)
 
 
 def total_steps(

@@ -14,13 +14,12 @@ def flops_per_token(model: Model, sequence_length: int, frozen: Collection[str] 
 
     6 per element of every weight that tokens are multiplied with: 2 forward, 4 backward, or 2 if its name is in
     `frozen`, for lack of a gradient. The head counts once, tied or not, and over the padded vocabulary; embedding
-    lookups, norms and biases count nothing. Attention adds 12 L T N H: queries with keys, and probabilities with
-    values, over all T keys. A causal mask does not halve it, remat adds nothing.
+    lookups, norms and biases count nothing. Attention adds 12 L T N H, kind by kind of layer: queries with keys, and
+    probabilities with values, over all T keys. Neither a causal mask nor a window makes it less, remat adds nothing.
     """
-    config = model.config
     weights = flatten(model.ordered_weights)
-    head = "ends/token_VD" if config.tied_head else None
+    head = "ends/token_VD" if model.config.tied_head else None
     counted = {name: math.prod(w.shape) for name, w in weights.items() if w.treatment.multiplied or name == head}
     matmul = sum((4.0 if name in frozen else 6.0) * size for name, size in counted.items())
-    attention = config.layers * sequence_length * config.attention.heads * config.head_size
-    return matmul + 12.0 * attention
+    attention = sum(kind.count * kind.config.attention.heads * kind.config.head_size for kind in model.kinds)
+    return matmul + 12.0 * sequence_length * attention

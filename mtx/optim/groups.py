@@ -15,7 +15,7 @@ class Group:
     roles: tuple[Role, ...] = ()
     """Roles of its weights; none: every role."""
     names: str = "*"
-    """Pattern of their names, such as layers/mlp/*, where * stands for any part, slashes included."""
+    """Pattern of their names, such as stacks/main/block/mlp/*, where * stands for any part, slashes included."""
     rate: float = 1.0
     """Times the schedule's learning rate."""
     weight_decay: float | None = None

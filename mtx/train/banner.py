@@ -34,7 +34,8 @@ def banner(
             f"{type(program.partition).__name__}, zero={config.layout.zero_stage}, "
             f"sequence_parallel={bool(config.layout.sequence_axes)})",
             f"precision   compute {dtype} ({why}), parameters {config.precision.params}",
-            f"model       {parameters:,} parameters, {config.model.layers} layers of width {config.model.width}",
+            f"model       {parameters:,} parameters, {config.model.layers} layers of width {config.model.width}"
+            + _stacks(config),
             *(f"{part.name:<12}{part.describe()}" for part in program.more_parts if part.describe()),
             f"batch       {tokens:,} tokens: {config.batch.global_size} x {config.batch.sequence_length} "
             f"in {count} microbatch{'es' if count > 1 else ''}",
@@ -48,6 +49,13 @@ def banner(
             program.layout.show(weights, program.stored.itemsize, verbose),
         ]
     )
+
+
+def _stacks(config: Config) -> str:
+    """The stacks of a model that names them: `: main 13 x (local, full)`."""
+    named = config.model.stacks or ()
+    each = [f"{stack.name} {stack.count} x ({', '.join(block.name for block in stack.pattern)})" for stack in named]
+    return f": {', '.join(each)}" if each else ""
 
 
 def _rows(config: Config, loader: Loader) -> list[str]:
