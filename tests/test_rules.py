@@ -288,9 +288,8 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(name: str, tmp_path: Path):
         for x, wanted in zip(jax.tree.leaves(p.ordered(found)), jax.tree.leaves(first.ordered(state)), strict=True):
             np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted))
     leaves = {key.rpartition("/")[2] for key in flatten(state.parts["moments"])}
-    assert {f"moments/stacks/main/block/mlp/out_FD/{leaf}" for leaf in leaves if leaf != "square"} <= named(
-        state
-    ).keys()
+    name = "moments/stacks/main/block/mlp/out_FD"
+    assert {f"{name}/{leaf}" for leaf in leaves if leaf != "square"} <= named(state).keys()
 
 
 def test_blocks_that_do_not_divide_over_the_mesh_are_refused():
@@ -346,10 +345,10 @@ def test_evaluation_reads_the_average():
     toys.check_close(evaluated, mean, 1e-5)
     parts = {"moments": jax.tree.map(jnp.asarray, moments)}
     state = dataclasses.replace(toys.state_of(p, trained), parts=parts)
-    batch, sums_of = toys.place(p, toys.batch(), 1), jax.jit(p.eval_sums)
-    with jax.set_mesh(p.mesh):
-        found, other = (np.asarray(sums_of(x, batch)) for x in (p.evaluated(state.params, parts), state.params))
-        np.testing.assert_allclose(found, sums_of(toys.state_of(p, mean).params, batch), rtol=1e-5)
+    batch = toys.place(p, toys.batch(), 1)
+    average, own = p.evaluated(state.params, parts), state.params
+    found, other, wanted = (toys.eval_sums(p, x, batch) for x in (average, own, toys.state_of(p, mean).params))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert abs(other[0] - found[0]) > 0.01 * found[0]
 
 
