@@ -150,13 +150,13 @@ def in_order(stacks: Sequence[Sequence[Sums]]) -> Sums:
     """
     found: Sums = {}
     for name in dict.fromkeys(name for kinds in stacks for sums in kinds for name in sums):
-        values = [own_L for kinds in stacks if (own_L := [sums[name] for sums in kinds if name in sums])]
-        if len(shapes := dict.fromkeys(x.shape[1:] for own_L in values for x in own_L)) > 1:
+        values = [own for kinds in stacks if (own := [sums[name] for sums in kinds if name in sums])]
+        if len(shapes := dict.fromkeys(x_L.shape[1:] for own in values for x_L in own)) > 1:
             raise ConfigError(
                 f"statistic {name} has values of shapes {' and '.join(map(str, shapes))} in layers of several kinds; "
                 "give it one shape, or a name for each."
             )
-        rows = [x if len(own) == 1 else jnp.stack(own, 1).reshape(-1, *x.shape[1:]) for own in values for x in own[:1]]
+        rows = [own[0] if len(own) == 1 else jnp.stack(own, 1).reshape(-1, *own[0].shape[1:]) for own in values]
         found[name] = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
     return found
 
