@@ -10,33 +10,26 @@ import math
 import re
 import string
 import textwrap
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import conftest  # noqa: F401 (eight CPU devices, before JAX is imported)
 import jax
-import jax.numpy as jnp
-import numpy as np
-import toys
-from corpora import corpus, texts
 from test_rules import Adafactor, Muon, ScheduleFree, Sgd8
 
-from data import Completion, Loader, PythonDocs, SentencePairs
+from data import PythonDocs
 from mtx import config as configs
 from mtx.attention import AttentionConfig
-from mtx.building import build, make_loader
+from mtx.building import build
 from mtx.config import BatchConfig, Config
 from mtx.config.schema import show
 from mtx.errors import ConfigError
 from mtx.layers import RMSNorm, Rotary, SwiGLU
 from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
-from mtx.model import Transformer, flatten
+from mtx.model import Transformer
 from mtx.optim import AdamW, Constant, Group, Lion, Sgd
-from mtx.spmd import map_weights, replaced
-from mtx.step import Program
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "composition.md"
 DEVICES = 8
@@ -64,7 +57,7 @@ class Feature:
 class WiderConfig(Config):
     """A config that takes the optimizers of tests/test_rules.py too, as whoever adds one does in config/root.py."""
 
-    optimizer: AdamW | Lion | Sgd | Muon | Adafactor | ScheduleFree | Sgd8
+    optimizer: AdamW | Lion | Sgd | Muon | Adafactor | ScheduleFree | Sgd8  # pyrefly: ignore[bad-override]
 
 
 BASE = WiderConfig(
@@ -274,87 +267,11 @@ def proven(case: Iterable[Feature]) -> set[frozenset[Feature]]:
     return {frozenset((a, b)) for a, b in pairs if a.rounds or b.rounds or not rounds}
 
 
-# What a case compares.
-
-
-def one_device(case: Case) -> Case:
-    """The features of the reference: those that say what is computed."""
-    return tuple(feature for feature in case if not feature.changes_nothing)
-
-
-def without_rounding(case: Case) -> Case:
-    """The case in float32."""
-    return tuple(feature for feature in case if not feature.rounds)
-
-
 def optimizers(case: Case) -> list[Case]:
     """A case for each optimizer of this one, or itself if it has none."""
     found = [feature for feature in case if feature.group == SEVERAL]
     rest = [feature for feature in case if feature.group != SEVERAL]
     return [(*rest, optimizer) for optimizer in found] or [case]
-
-
-def program_of(case: Case) -> tuple[Config, Program]:
-    """The config and program of a case with one optimizer at most."""
-    config = config_of(case)
-    configs.check(config, devices_of(config))
-    return config, build(config, jax.devices()[: devices_of(config)])
-
-
-@functools.cache
-def loader_of(config: Config) -> Loader:
-    """Rows of a corpus in memory, of documents that the objective is for."""
-    if isinstance(config.objective, SentencePairs):
-        text = corpus([[b"One sentence. ", b"Another. ", b"The third. "] for _ in range(60)])
-    elif isinstance(config.objective, Completion):
-        text = corpus([[f"{i} and {i}".encode(), f"is {2 * i}".encode()] for i in range(60)])
-    else:
-        text = corpus(texts(60, 25, "d"))
-    return make_loader(config, text)
-
-
-def rows(config: Config) -> dict[str, np.ndarray]:
-    """The arrays_BT of the first step, with so few targets in some rows that a mean of means would be another."""
-    arrays = loader_of(config).train(range(config.batch.global_size))
-    arrays["weights"][:3, 2:] = 0.0
-    time = config.batch.sequence_length if config.length_warmup is None else config.length_warmup.length(0)
-    return {name: x[:, :time] for name, x in arrays.items()}
-
-
-def weights_of(p: Program) -> dict:
-    """Host arrays of random weights, alike on every mesh, layers in order and as they are stored."""
-
-    def random(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        x = 0.2 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-        return x + 1 if "gain" in name else x
-
-    declared = flatten(p.model.ordered_weights)
-    values = iter([random(name, weight.shape) for name, weight in declared.items()])
-    params = map_weights(lambda _: next(values), p.model.ordered_weights)
-    return map_weights(lambda w, x: x.astype(p.stored) if w.treatment.reduced else x, p.model.ordered_weights, params)
-
-
-def gradients(case: Case) -> tuple[dict, np.ndarray]:
-    """(gradients of the mean loss; objective, cross entropy and labels)."""
-    config, p = program_of(optimizers(case)[0])
-    return toys.gradients(p, weights_of(p), rows(config), configs.microbatches(config, dict(p.mesh.shape)))
-
-
-def updated(case: Case) -> tuple[dict, dict]:
-    """(weights, weights for evaluation) after three updates from given gradients, layers in order."""
-    _, p = program_of(case)
-    params = weights_of(p)
-    state, step = toys.state_of(p, params), jax.jit(p.updated)
-    shardings = p.trained_of(p.shardings("weights"))
-    with jax.set_mesh(p.mesh):
-        for seed in range(3):
-            random = np.random.default_rng(seed)
-            host = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), params)  # noqa: B023
-            given = jax.tree.map(jax.device_put, p.trained_of(toys.rows_of(p, host)), shardings)
-            new, parts = step(state, given, jnp.float32(0.01))
-            state = dataclasses.replace(state, step=state.step + 1, params=replaced(state.params, new), parts=parts)
-        both = state.params, p.evaluated(state.params, state.parts)
-    return tuple(toys.layers_of(p, jax.tree.map(np.asarray, x)) for x in both)
 
 
 # The page.

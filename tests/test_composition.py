@@ -1,16 +1,26 @@
 """Every pair of features is equal to one device or refused with a sentence, and docs/composition.md says which."""
 
+import dataclasses
+import functools
 import itertools
+import zlib
 
 import composition
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-from composition import DEFAULT, FEATURES, LEAST, ROUNDING, Case
+from composition import DEFAULT, FEATURES, LEAST, ROUNDING, Case, config_of, devices_of, optimizers
+from corpora import corpus, texts
 
+from data import Completion, Loader, SentencePairs
+from mtx import config as configs
+from mtx.building import build, make_loader
+from mtx.config import Config
 from mtx.model import flatten
-from mtx.spmd import ManualActivations, ManualStorage
+from mtx.spmd import ManualActivations, ManualStorage, map_weights, replaced
+from mtx.step import Program
 
 LOSS = 1e-5
 GRADIENTS = 1e-5
@@ -19,11 +29,84 @@ UPDATES = 3e-6
 CASES = composition.cases_of_page()
 
 
+def one_device(case: Case) -> Case:
+    """The features of the reference: those that say what is computed."""
+    return tuple(feature for feature in case if not feature.changes_nothing)
+
+
+def without_rounding(case: Case) -> Case:
+    """The case in float32."""
+    return tuple(feature for feature in case if not feature.rounds)
+
+
+def program_of(case: Case) -> tuple[Config, Program]:
+    """The config and program of a case with one optimizer at most."""
+    config = config_of(case)
+    configs.check(config, devices_of(config))
+    return config, build(config, jax.devices()[: devices_of(config)])
+
+
+@functools.cache
+def loader_of(config: Config) -> Loader:
+    """Rows of a corpus in memory, of documents that the objective is for."""
+    if isinstance(config.objective, SentencePairs):
+        text = corpus([[b"One sentence. ", b"Another. ", b"The third. "] for _ in range(60)])
+    elif isinstance(config.objective, Completion):
+        text = corpus([[f"{i} and {i}".encode(), f"is {2 * i}".encode()] for i in range(60)])
+    else:
+        text = corpus(texts(60, 25, "d"))
+    return make_loader(config, text)
+
+
+def rows(config: Config) -> dict[str, np.ndarray]:
+    """The arrays_BT of the first step, with so few targets in some rows that a mean of means would be another."""
+    arrays = loader_of(config).train(range(config.batch.global_size))
+    arrays["weights"][:3, 2:] = 0.0
+    time = config.batch.sequence_length if config.length_warmup is None else config.length_warmup.length(0)
+    return {name: x[:, :time] for name, x in arrays.items()}
+
+
+def weights_of(p: Program) -> dict:
+    """Host arrays of random weights, alike on every mesh, layers in order and as they are stored."""
+
+    def random(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        x = 0.2 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+        return x + 1 if "gain" in name else x
+
+    declared = flatten(p.model.ordered_weights)
+    values = iter([random(name, weight.shape) for name, weight in declared.items()])
+    params = map_weights(lambda _: next(values), p.model.ordered_weights)
+    return map_weights(lambda w, x: x.astype(p.stored) if w.treatment.reduced else x, p.model.ordered_weights, params)
+
+
+def gradients(case: Case) -> tuple[dict, np.ndarray]:
+    """(gradients of the mean loss; objective, cross entropy and labels)."""
+    config, p = program_of(optimizers(case)[0])
+    return toys.gradients(p, weights_of(p), rows(config), configs.microbatches(config, dict(p.mesh.shape)))
+
+
+def updated(case: Case) -> tuple[dict, ...]:
+    """(weights, weights for evaluation) after three updates from given gradients, layers in order."""
+    _, p = program_of(case)
+    params = weights_of(p)
+    state, step = toys.state_of(p, params), jax.jit(p.updated)
+    shardings = p.trained_of(p.shardings("weights"))
+    with jax.set_mesh(p.mesh):
+        for seed in range(3):
+            random = np.random.default_rng(seed)
+            host = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), params)  # noqa: B023
+            given = jax.tree.map(jax.device_put, p.trained_of(toys.rows_of(p, host)), shardings)
+            new, parts = step(state, given, jnp.float32(0.01))
+            state = dataclasses.replace(state, step=state.step + 1, params=replaced(state.params, new), parts=parts)
+        both = state.params, p.evaluated(state.params, state.parts)
+    return tuple(toys.layers_of(p, jax.tree.map(np.asarray, x)) for x in both)
+
+
 def check_gradients(case: Case) -> None:
-    found, sums = composition.gradients(case)
-    wanted, wanted_sums = composition.gradients(composition.one_device(case))
+    found, sums = gradients(case)
+    wanted, wanted_sums = gradients(one_device(case))
     if any(feature.rounds for feature in case):
-        exact, exact_sums = composition.gradients(composition.without_rounding(composition.one_device(case)))
+        exact, exact_sums = gradients(without_rounding(one_device(case)))
         np.testing.assert_array_less(off(sums, exact_sums), np.maximum(ROUNDING * off(wanted_sums, exact_sums), 1e-3))
         check_rounding(found, wanted, exact)
     else:
@@ -46,10 +129,8 @@ def check_rounding(found: dict, alone: dict, exact: dict) -> None:
 
 
 def check_updates(case: Case) -> None:
-    for one in composition.optimizers(case):
-        for found, wanted in zip(
-            composition.updated(one), composition.updated(composition.one_device(one)), strict=True
-        ):
+    for one in optimizers(case):
+        for found, wanted in zip(updated(one), updated(one_device(one)), strict=True):
             toys.check_close(found, wanted, UPDATES)
 
 
@@ -98,4 +179,4 @@ def test_every_pair_is_refused_or_in_a_case():
 def test_a_feature_changes_the_config(feature: composition.Feature):
     assert composition.refusal([feature]) is None
     default = feature.name in ("Manual", "CausalLm", "AdamW")
-    assert (composition.config_of([feature]) == composition.BASE) == default
+    assert (config_of([feature]) == composition.BASE) == default
