@@ -284,9 +284,10 @@ INTRODUCTION = """\
 Two features that a config may both switch on are **equal**: on up to eight simulated devices, the loss and the
 gradient of every weight are those of one device in float32 (the loss to 1e-5, each tensor to
 ||dg|| <= 1e-5 max(||g||, 1e-4 ||all g||)), and three updates from given gradients leave every weight, and every weight
-that evaluation reads, within 3e-6 of its norm. The reference has the same model, rows, objective and optimizer, and
-none of the features marked `*`, which only say how a step is computed. Or two features are **refused**: the run ends
-before its first step, with a sentence that says what to type. A pair that is neither fails the test.
+that evaluation reads, within 3e-6 of its norm (3e-4 if it is stored in bfloat16). The reference has the same model,
+rows, objective and optimizer, and none of the features marked `*`, which only say how a step is computed. Or two
+features are **refused**: the run ends before its first step, with a sentence that says what to type. A pair that is
+neither fails the test.
 
 The cases below are the proof: each switches many features on, and every pair is in at least one of them. Features of
 one group (two objectives, two pipeline schedules) are alternatives, and no pairs; optimizers share a case's gradients.
@@ -308,9 +309,9 @@ A letter or digit names the case that proves a pair equal, `!` marks a refused o
 IDS = string.digits[1:] + string.ascii_lowercase + string.ascii_uppercase
 DEFAULT = ("1", "a")
 """Cases that the default tests run."""
-ROUNDING = 2.0
+ROUNDING = 1.5
 """How much farther from float32 a mesh in bfloat16 may be than one device in bfloat16."""
-LEAST = 0.01
+LEAST = 0.005
 """Of a tensor's norm: a mesh in bfloat16 may be so far from float32 wherever one device is."""
 
 
@@ -326,7 +327,7 @@ def page() -> str:
         marks = (
             "." if row.group == other.group else first.get(frozenset((row, other)), "!") for other in FEATURES[: i + 1]
         )
-        lines.append(f"{i + 1:2}  {_marked(row):{width}} {_spaced(marks)}")
+        lines.append(f"{i + 1:2}  {_marked(row):{width}} {_spaced(marks)}".rstrip())
     lines += ["```", "", "## Refused", ""]
     for pair, said in refusals().items():
         if said is not None:
