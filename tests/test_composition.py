@@ -125,7 +125,7 @@ def errors(found: dict, exact: dict) -> dict[str, float]:
     found, exact = flatten(found), flatten(exact)
     everything = np.sqrt(sum(np.sum(np.square(x)) for x in exact.values()))
     return {
-        name: np.linalg.norm(np.asarray(found[name], np.float32) - x) / max(np.linalg.norm(x), 1e-4 * everything)
+        name: float(np.linalg.norm(np.asarray(found[name], np.float32) - x) / max(np.linalg.norm(x), 1e-4 * everything))
         for name, x in exact.items()
     }
 
