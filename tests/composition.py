@@ -10,33 +10,26 @@ import math
 import re
 import string
 import textwrap
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import conftest  # noqa: F401 (eight CPU devices, before JAX is imported)
 import jax
-import jax.numpy as jnp
-import numpy as np
-import toys
-from corpora import corpus, texts
 from test_rules import Adafactor, Muon, ScheduleFree, Sgd8
 
-from data import Completion, Loader, PythonDocs, SentencePairs
+from data import PythonDocs
 from mtx import config as configs
 from mtx.attention import AttentionConfig
-from mtx.building import build, make_loader
+from mtx.building import build
 from mtx.config import BatchConfig, Config
 from mtx.config.schema import show
 from mtx.errors import ConfigError
 from mtx.layers import RMSNorm, Rotary, SwiGLU
 from mtx.losses import CrossEntropy
 from mtx.mesh import MeshConfig
-from mtx.model import Transformer, flatten
+from mtx.model import Transformer
 from mtx.optim import AdamW, Constant, Group, Lion, Sgd
-from mtx.spmd import map_weights, replaced
-from mtx.step import Program
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "composition.md"
 DEVICES = 8
@@ -64,7 +57,7 @@ class Feature:
 class WiderConfig(Config):
     """A config that takes the optimizers of tests/test_rules.py too, as whoever adds one does in config/root.py."""
 
-    optimizer: AdamW | Lion | Sgd | Muon | Adafactor | ScheduleFree | Sgd8  # pyrefly: ignore
+    optimizer: AdamW | Lion | Sgd | Muon | Adafactor | ScheduleFree | Sgd8  # pyrefly: ignore[bad-override]
 
 
 BASE = WiderConfig(
@@ -100,7 +93,8 @@ def _what(group: str, named: dict[str, str], rounds: bool = False) -> list[Featu
 _PIPELINE = "mesh.pipeline=2 batch.micro_size=2 pipeline="
 _PATTERN = "model.attention.pattern.block={} model.attention.pattern="
 _PACING = "pacing=FixedLinear {0}.pacing.first={1} {0}.pacing.last={2} {0}.pacing.steps=4"
-_BLOCKS = str(tuple(tuple(i - j in (0, 2) for j in range(4)) for i in range(4))).replace(" ", "")
+_PATTERNS = ("Fixed", "Strided", "LocalGlobal", "Longformer", "BigBird")
+_BLOCKS = str(((True, False), (False, True))).replace(" ", "")
 FEATURES = (
     *_how(
         "data",
@@ -151,8 +145,8 @@ FEATURES = (
     *_what(
         "pattern",
         {
-            **{name: f"{_PATTERN.format(4)}{name}" for name in ("Fixed", "Longformer", "BigBird")},
-            "Chosen": f"{_PATTERN.format(8)}Chosen model.attention.pattern.rows={_BLOCKS}",
+            **{name: f"{_PATTERN.format(4)}{name}" for name in _PATTERNS},
+            "Chosen": f"{_PATTERN.format(16)}Chosen model.attention.pattern.rows={_BLOCKS}",
         },
     ),
     *_what("softcap", {"softcap": "model.attention.softcap=2.0"}),
@@ -194,6 +188,8 @@ MOST = 3
 """Optimizers of a case."""
 STATE = {"optimizer", "groups", "ema", "compute", "params"}
 """Groups whose pairs are built too: what the parts of the state refuse of one another, the program says."""
+SPLITS = {"data", "replica", "tensor", "microbatches"}
+"""Groups that split work over devices."""
 Case = tuple[Feature, ...]
 
 
@@ -241,13 +237,28 @@ def cases() -> list[Case]:
         tried = set(chosen)
         while (best := _best(chosen, tried, legal, missing)) is not None:
             tried.add(best)
-            each = optimizers((*chosen, best))
-            if devices_of(config_of(each[0])) <= DEVICES and not any(map(refusal, each)):
+            if _fits((*chosen, best)):
                 chosen.append(best)
-        found.append(tuple(sorted(chosen, key=FEATURES.index)))
+        found.append(tuple(sorted(_filled(chosen, len(found)), key=FEATURES.index)))
         for pair in proven(found[-1]):
             missing.pop(pair, None)
     return found
+
+
+def _fits(case: Case) -> bool:
+    """Whether all of its features together are legal on the devices that there are."""
+    each = optimizers(case)
+    return devices_of(config_of(each[0])) <= DEVICES and not any(map(refusal, each))
+
+
+def _filled(chosen: Sequence[Feature], turn: int) -> list[Feature]:
+    """The case with features that split work over the devices that it leaves idle, each case beginning with others."""
+    splits, chosen = [feature for feature in FEATURES if feature.group in SPLITS], list(chosen)
+    for i in range(len(splits)):
+        feature = splits[(turn + i) % len(splits)]
+        if all(feature.group != other.group for other in chosen) and _fits((*chosen, feature)):
+            chosen.append(feature)
+    return chosen
 
 
 def _best(chosen: list[Feature], tried: set[Feature], legal: set, missing: dict) -> Feature | None:
@@ -274,88 +285,11 @@ def proven(case: Iterable[Feature]) -> set[frozenset[Feature]]:
     return {frozenset((a, b)) for a, b in pairs if a.rounds or b.rounds or not rounds}
 
 
-# What a case compares.
-
-
-def one_device(case: Case) -> Case:
-    """The features of the reference: those that say what is computed."""
-    return tuple(feature for feature in case if not feature.changes_nothing)
-
-
-def without_rounding(case: Case) -> Case:
-    """The case in float32."""
-    return tuple(feature for feature in case if not feature.rounds)
-
-
 def optimizers(case: Case) -> list[Case]:
     """A case for each optimizer of this one, or itself if it has none."""
     found = [feature for feature in case if feature.group == SEVERAL]
     rest = [feature for feature in case if feature.group != SEVERAL]
     return [(*rest, optimizer) for optimizer in found] or [case]
-
-
-def program_of(case: Case) -> tuple[Config, Program]:
-    """The config and program of a case with one optimizer at most."""
-    config = config_of(case)
-    configs.check(config, devices_of(config))
-    return config, build(config, jax.devices()[: devices_of(config)])
-
-
-@functools.cache
-def loader_of(config: Config) -> Loader:
-    """Rows of a corpus in memory, of documents that the objective is for."""
-    if isinstance(config.objective, SentencePairs):
-        text = corpus([[b"One sentence. ", b"Another. ", b"The third. "] for _ in range(60)])
-    elif isinstance(config.objective, Completion):
-        text = corpus([[f"{i} and {i}".encode(), f"is {2 * i}".encode()] for i in range(60)])
-    else:
-        text = corpus(texts(60, 25, "d"))
-    return make_loader(config, text)
-
-
-def rows(config: Config) -> dict[str, np.ndarray]:
-    """The arrays_BT of the first step, with so few targets in some rows that a mean of means would be another."""
-    arrays = loader_of(config).train(range(config.batch.global_size))
-    arrays["weights"][:3, 2:] = 0.0
-    time = config.batch.sequence_length if config.length_warmup is None else config.length_warmup.length(0)
-    return {name: x[:, :time] for name, x in arrays.items()}
-
-
-def weights_of(p: Program) -> dict:
-    """Host arrays of random weights, alike on every mesh, layers in order and as they are stored."""
-
-    def random(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        x = 0.2 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-        return x + 1 if "gain" in name else x
-
-    declared = flatten(p.model.ordered_weights)
-    values = iter([random(name, weight.shape) for name, weight in declared.items()])
-    params = map_weights(lambda _: next(values), p.model.ordered_weights)
-    return map_weights(lambda w, x: x.astype(p.stored) if w.treatment.reduced else x, p.model.ordered_weights, params)
-
-
-def gradients(case: Case) -> tuple[dict, np.ndarray]:
-    """(gradients of the mean loss; objective, cross entropy and labels)."""
-    config, p = program_of(optimizers(case)[0])
-    return toys.gradients(p, weights_of(p), rows(config), configs.microbatches(config, dict(p.mesh.shape)))
-
-
-def updated(case: Case) -> tuple[dict, dict]:
-    """(weights, weights for evaluation) after three updates from given gradients, layers in order."""
-    _, p = program_of(case)
-    params = weights_of(p)
-    state, step = toys.state_of(p, params), jax.jit(p.updated)
-    shardings = p.trained_of(p.shardings("weights"))
-    with jax.set_mesh(p.mesh):
-        for seed in range(3):
-            random = np.random.default_rng(seed)
-            host = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), params)  # noqa: B023
-            given = jax.tree.map(jax.device_put, p.trained_of(toys.rows_of(p, host)), shardings)
-            new, parts = step(state, given, jnp.float32(0.01))
-            state = dataclasses.replace(state, step=state.step + 1, params=replaced(state.params, new), parts=parts)
-        both = state.params, p.evaluated(state.params, state.parts)
-    weights, evaluated = (toys.layers_of(p, jax.tree.map(np.asarray, x)) for x in both)
-    return weights, evaluated
 
 
 # The page.
@@ -365,19 +299,22 @@ INTRODUCTION = """\
 
 `tests/test_composition.py` holds this page to what the code does; `python tests/composition.py` writes it anew.
 
-Two features that a config may both switch on are **equal**: on up to eight simulated devices, the loss and the
+Two features that a config may both switch on are **equal**: on eight simulated devices, the loss and the
 gradient of every weight are those of one device in float32 (the loss to 1e-5, each tensor to
 ||dg|| <= 1e-5 max(||g||, 1e-4 ||all g||)), and three updates from given gradients leave every weight, and every weight
-that evaluation reads, within 3e-6 of its norm. The reference has the same model, rows, objective and optimizer, and
-none of the features marked `*`, which only say how a step is computed. Or two features are **refused**: the run ends
-before its first step, with a sentence that says what to type. A pair that is neither fails the test.
+that evaluation reads, within 3e-6 of its norm (3e-4 if it is stored in bfloat16). The reference has the same model,
+rows, objective and optimizer, and none of the features marked `*`, which only say how a step is computed. Or two
+features are **refused**: the run ends before its first step, with a sentence that says what to type. A pair that is
+neither fails the test.
 
 The cases below are the proof: each switches many features on, and every pair is in at least one of them. Features of
 one group (two objectives, two pipeline schedules) are alternatives, and no pairs; optimizers share a case's gradients.
-A case in bfloat16 shows that the mesh rounds no worse than one device does: each gradient is at most {rounding} times
-as far from float32's as one device's in bfloat16, or within {least} of its norm; such a case proves only pairs with
-bfloat16. `python -m pytest tests/test_composition.py -m "slow or not slow"` runs all cases. The default tests run
-{default} of them, and see that each pair is refused or in a case.
+A case in bfloat16 shows that the mesh rounds no worse than one device does: the loss is float32's to {loss:g}, and the
+error of no gradient, as a share of its norm, is more than {rounding:g} times the largest of one device in bfloat16.
+Such a case proves only pairs with bfloat16.
+
+`python -m pytest tests/test_composition.py -m "slow or not slow"` runs all cases. The default tests run {default} of
+them, and see that each pair is refused or in a case.
 
 Text becomes rows before a mesh sees it: where it comes from (files, tensorflow-datasets, seqio, shards, a blend) is no
 feature here, and `tests/test_live.py` has what a live reader of seqio refuses. Muon, Adafactor, ScheduleFree and Sgd8
@@ -392,15 +329,15 @@ A letter or digit names the case that proves a pair equal, `!` marks a refused o
 IDS = string.digits[1:] + string.ascii_lowercase + string.ascii_uppercase
 DEFAULT = ("1", "a")
 """Cases that the default tests run."""
-ROUNDING = 2.0
-"""How much farther from float32 a mesh in bfloat16 may be than one device in bfloat16."""
-LEAST = 0.01
-"""Of a tensor's norm: a mesh in bfloat16 may be so far from float32 wherever one device is."""
+ROUNDING = 1.5
+"""How much farther from float32 a gradient of a mesh in bfloat16 may be than the farthest of one device."""
+ROUNDED_LOSS = 1e-3
+"""How far from float32 the loss may be in bfloat16, relative."""
 
 
 def page() -> str:
     """docs/composition.md."""
-    lines = [INTRODUCTION.format(rounding=f"{ROUNDING:g}", least=LEAST, default=len(DEFAULT)), "```"]
+    lines = [INTRODUCTION.format(rounding=ROUNDING, loss=ROUNDED_LOSS, default=len(DEFAULT)), "```"]
     width = max(len(_marked(feature)) for feature in FEATURES)
     for digit in range(2):
         numbers = (f"{i:02}"[digit] for i in range(1, len(FEATURES) + 1))
@@ -410,7 +347,7 @@ def page() -> str:
         marks = (
             "." if row.group == other.group else first.get(frozenset((row, other)), "!") for other in FEATURES[: i + 1]
         )
-        lines.append(f"{i + 1:2}  {_marked(row):{width}} {_spaced(marks)}")
+        lines.append(f"{i + 1:2}  {_marked(row):{width}} {_spaced(marks)}".rstrip())
     lines += ["```", "", "## Refused", ""]
     for pair, said in refusals().items():
         if said is not None:

@@ -257,7 +257,9 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_objectives_need_numpy_alone() -> None:
-    program = "import sys, data.objectives; print(sorted({'jax', 'grain', 'tokenizers', 'mtx'} & set(sys.modules)))"
+    program = (
+        "import sys, data.batches.objectives; print(sorted({'jax', 'grain', 'tokenizers', 'mtx'} & set(sys.modules)))"
+    )
     root = Path(__file__).resolve().parent.parent
     child = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert child.stdout == "[]\n"
