@@ -53,7 +53,7 @@ class Shape(NamedTuple):
         return bind(self.mask, self.time, segments=jnp.asarray(self.segments()))
 
     def share(self) -> float:
-        """Of pairs that are seen."""
+        """Share of the query and key pairs that the mask shows."""
         bound = self.bound()
         if bound.mask == Full():
             return 1.0

@@ -139,7 +139,7 @@ PROGRAMS: dict[str, tuple[Config, str]] = {
 
 
 class Result(NamedTuple):
-    """What three steps of a program gave."""
+    """Results of three steps of a program."""
 
     scalars: dict[str, list[float]]
     """Losses and gradient norms of the steps; (cross entropy, label weight) of evaluation after them."""
@@ -212,7 +212,7 @@ def tensors_of(program: Program, params: Any) -> dict[str, list[np.ndarray]]:
 
 
 def measured(compiled: Any, program: Program, count: int, seconds: float) -> dict[str, float]:
-    """What the compiled train step costs a device."""
+    """Returns the costs of the compiled train step on one device."""
     text = compiled.as_text()
     found = {
         "compile s": round(seconds, 2),

@@ -23,7 +23,7 @@ from pallas_kernels.masks import Causal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """What sizes are sought for."""
+    """One chip, kernel and shape that tile sizes are measured for."""
 
     backend: BackendName
     chip: Chip

@@ -45,7 +45,7 @@ START_LIMIT_S = 90.0
 RESERVE_S = 5.0
 """Seconds at the end in which nothing runs any more."""
 LOG_BYTES = 4_000_000
-"""What is kept of the log."""
+"""Bytes of the log's end that are kept."""
 
 
 @dataclass
@@ -233,7 +233,7 @@ class Worker:
         self.case, self.limit_s, self.form = f"what follows {case}", START_LIMIT_S, None
 
     def _is_over(self, silent_s: float) -> bool:
-        """Whether the process has ended, hangs, or outlives the day; records which."""
+        """Returns whether the process has ended, hangs, or outlives the day, and records which."""
         if (code := self.process.poll()) is not None and self.lines.empty():
             self._fail(f"its process ended with code {code}; see log.txt")
         elif self.day.left_s() <= 0:

@@ -1,4 +1,4 @@
-"""What a part of the day is made of: cases that one process runs one after another."""
+"""Cases: the checks and measurements that make up a part of the day."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Day:
-    """What a part knows when it lists its cases."""
+    """The machine and the earlier results, from which a part lists its cases."""
 
     chip: Chip
     """The first device."""
@@ -41,7 +41,7 @@ class Day:
 
     @property
     def is_toy(self) -> bool:
-        """Whether there is only a CPU, on which all parts run at toy sizes."""
+        """True where there is only a CPU, on which all parts run at toy sizes."""
         return self.chip.platform == "cpu"
 
 
@@ -60,7 +60,7 @@ def form_of(backend: str, head_size: int, value_size: int | None = None, variant
 
 
 def is_installed(module: str) -> bool:
-    """Whether a rival can be imported here."""
+    """Returns whether a package can be imported here."""
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.gpu_day.cases import Case, Day, LeftOut, Row, form_of
 from benchmarks.tune_attention import own_backend
 from pallas_kernels import shim
-from pallas_kernels.attention import BackendName, Chip, Dropout, Question, cannot, flash_attention, module
+from pallas_kernels.attention import BackendName, Chip, Dropout, Unable, flash_attention, module
 from pallas_kernels.masks import Blocks, BoundMask, Causal, Documents, Full, Mask, Window, bind
 from pallas_kernels.patterns import Strided
 
@@ -41,7 +41,7 @@ class Call:
     """None: as head_size."""
     dropout: float = 0.0
     variant: str = ""
-    """What is unusual about the sizes, for the name."""
+    """Name of what is unusual about the sizes."""
     sizes: Any = None
     chip: Chip | None = None
     """None: the first device."""
@@ -205,35 +205,17 @@ def _name(mask: Mask) -> str:
 
 
 def answers(call: Call, arrays: list[jax.Array], plain: bool = False) -> list[np.ndarray]:
-    """out and the gradients of q, k, v, as float64 on the host."""
-    if not plain and call.chip is None and (why := _refusal(call)):
-        raise LeftOut(name=call.form, why=why)
+    """Returns out and the gradients of q, k, v, as float64 on the host. Raises: LeftOut if the backend refuses."""
 
     @jax.jit
     def run(q, k, v, dout):
         out, back = jax.vjp(partial(call.attend, plain=plain), q, k, v)
         return out, *back(dout)
 
-    return [np.asarray(x, np.float64) for x in run(*arrays)]
-
-
-def _refusal(call: Call) -> str | None:
-    """Why the backend does not take this call at all: a smaller GPU lacks shared memory, cuDNN has no such mask."""
-    B, T, S, N, K, H, U = call.shape
-    question = Question(
-        chip=Chip.of(jax.devices()[0]),
-        dtype="bfloat16",
-        mask=call.mask,
-        rows=B,
-        queries=T,
-        keys=S,
-        heads=N,
-        kv_heads=K,
-        head_size=H,
-        value_size=U,
-        dropout=call.dropout > 0,
-    )
-    return cannot(call.backend, question)
+    try:
+        return [np.asarray(x, np.float64) for x in run(*arrays)]
+    except Unable as error:  # a smaller GPU, or a mask that the backend does not know
+        raise LeftOut(name=call.form, why=str(error)) from None
 
 
 @lru_cache(maxsize=8)

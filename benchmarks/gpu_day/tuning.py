@@ -12,7 +12,7 @@ TIME = "forward and backward ms"
 
 
 def targets(day: Day) -> Iterator[Target]:
-    """What sizes are sought for, the most useful first."""
+    """Yields the shapes to tune for, the most useful first."""
     backend, dtype = own_backend(day.chip), "float32" if day.is_toy else "bfloat16"
     for head, T in ((64, 256),) if day.is_toy else ((128, 8192), (64, 1024), (128, 2048), (64, 8192)):
         yield Target(backend=backend, chip=day.chip, dtype=dtype, head_size=head, time=T)
