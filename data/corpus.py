@@ -28,7 +28,7 @@ class Split:
     documents_D: np.ndarray
     """int64 [documents + 1]: the first sequence of each document, and the number of sequences."""
     bytes: int | None
-    """Of text in UTF-8, ends of documents not counted: what bits per byte are divided by. None: unknown."""
+    """Bytes of text in UTF-8, ends of documents not counted: what bits per byte are divided by. None: unknown."""
 
     @classmethod
     def of_documents(cls, documents: Iterable[np.ndarray], end_of_document: int, text_bytes: int) -> "Split":
@@ -56,11 +56,11 @@ class Split:
 
 
 class OneSource:
-    """What is not blended, as a blend of one."""
+    """Blend of one source."""
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the sources."""
+        """Weights of the sources."""
         return (1.0,)
 
     def order(self, rows: Mapping[str, int]) -> Order:
@@ -73,7 +73,7 @@ class Corpus(OneSource):
     """Tokens to train on and to measure with, of one source: `Loader` makes batches of them."""
 
     source: str
-    """What the text is, for people."""
+    """Description of the text, for people."""
     tokenizer: Tokenizer
     """Text to tokens and back."""
     splits: Mapping[str, Split]
@@ -198,7 +198,7 @@ class Blended:
 
     @property
     def source(self) -> str:
-        """What the text is, for people."""
+        """Description of the text, for people."""
         return " + ".join(f"{name} ({part.source})" for name, part in self.parts.items())
 
     @property
@@ -224,7 +224,7 @@ class Blended:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the sources, in the last phase."""
+        """Weights of the sources, in the last phase."""
         return self._phases()[-1][1]
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""What a source gives: documents, the parts and slices of its text that they are in, and what is bad there."""
+"""The documents that a source gives, the parts and slices of its text that hold them, and its bad records."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
