@@ -86,7 +86,7 @@ class AttentionConfig:
 
 
 class Cache(NamedTuple):
-    """What attention keeps of earlier tokens: keys, rotated already, and values of every layer of a kind, by slot."""
+    """Keys, rotated already, and values that attention keeps of earlier tokens: of every layer of a kind, by slot."""
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array

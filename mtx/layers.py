@@ -21,14 +21,14 @@ from pallas_kernels.threefry import Words, keep_mask, threefry2x32
 
 @dataclass(frozen=True)
 class Slots:
-    """Where a layer's cache takes T more tokens, and what these see."""
+    """Slots of a layer's cache that take T more tokens, and what these see."""
 
     seen_BTS: jax.Array
     """Which slots each token sees; where they are `alone`, which of the T tokens."""
     first: jax.Array | int = 0
-    """Of a cache of all tokens: the slot of the first one; the others' follow."""
+    """In a cache of all tokens: the slot of the first one; the others' follow."""
     token_BS: jax.Array | None = None
-    """Of a cache of each row's last tokens: which of the T tokens a slot takes; -1 keeps what it has."""
+    """In a cache of each row's last tokens: which of the T tokens a slot takes; -1 keeps what it has."""
     alone: bool = False
     """The tokens see one another alone, and the cache is empty."""
 

@@ -21,7 +21,7 @@ from mtx.mesh import AXES, BATCH_AXES
 Axes = tuple[str, ...]
 Column = Literal["weights", "gradients", "optimizer", "activations"]
 Role = Literal["embedding", "head", "matrix", "vector", "router", "adapter"]
-"""What a weight is for: a table that tokens look up, the output projection, any other projection, a gain or a bias, the
+"""Purposes of a weight: a table that tokens look up, the output projection, any other projection, a gain or a bias, the
 projection that chooses experts, a small trained addition to a projection."""
 
 ZERO = "zero"
@@ -212,15 +212,15 @@ class Treatment:
     """How the trainer treats the weights of one role."""
 
     decays: bool = True
-    """Whether weight decay applies to them."""
+    """True: weight decay applies to them."""
     reduced: bool = True
-    """Whether they are stored in `precision.params`; else in float32."""
+    """True: they are stored in `precision.params`; else in float32."""
     cast: bool = True
-    """Whether they are used in `precision.compute`; else as they are stored."""
+    """True: they are used in `precision.compute`; else as they are stored."""
     zero: bool = True
-    """Whether ZeRO splits them over `data`. What it splits is cast, so that gathers move the compute dtype."""
+    """True: ZeRO splits them over `data`. What it splits is cast, so that gathers move the compute dtype."""
     multiplied: bool = True
-    """Whether each token is multiplied with them, which counts as model FLOPs."""
+    """True: each token is multiplied with them, which counts as model FLOPs."""
 
     def __post_init__(self):
         assert self.cast or not self.zero, self
@@ -238,7 +238,7 @@ TREATMENTS: Mapping[Role, Treatment] = {
 
 @dataclass(frozen=True)
 class Weight:
-    """What a weight declares: a letter per dimension, the global shape, its role, and whether it is trained.
+    """Declaration of a weight: a letter per dimension, the global shape, its role, and whether it is trained.
 
     The arrays of an optimizer's state are declared in the same way.
     """
@@ -370,7 +370,7 @@ class BoundLayout:
         return [self.axes(name, "activations") for name in names]
 
     def takes_time(self, dimension: str) -> bool:
-        """Whether a dimension is split over the axes that split the residual stream's time, which then is not."""
+        """Returns whether a dimension is split over the axes of the residual stream's time, which then is not."""
         return bool(self.sequence_axes) and {*self.sequence_axes} <= {*self.axes(dimension, "activations")}
 
     def splits(self, letters: str) -> Axes:
@@ -459,7 +459,7 @@ class BoundLayout:
 
     @property
     def gathers_at_use(self) -> bool:
-        """Whether stored shards are gathered by the layers that use them (ZeRO 3), and not once per step."""
+        """True if stored shards are gathered by the layers that use them (ZeRO 3), and not once per step."""
         return self.layout.row(ZERO).gathered == "use"
 
     def check(self, weights: Mapping[str, Weight]) -> None:

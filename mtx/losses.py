@@ -14,7 +14,7 @@ from mtx.sums import Statistics, Sum
 
 HIDDEN = -1e30
 STATISTICS: Statistics = {"objective": Sum("BT->"), "cross_entropy": Sum("BT->"), "labels": Sum("BT->")}
-"""What a loss gives: what is minimised, the cross entropy in nats, and the labels' weight, which divides both."""
+"""Statistics of a loss: what is minimised, the cross entropy in nats, and the labels' weight, which divides both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def _nll(
 
 
 class RowScores(NamedTuple):
-    """What evaluation knows of each row."""
+    """Scores of each row in evaluation."""
 
     log_probability: jax.Array
     """float32: log-probability of its targets, in nats, each times its weight, summed."""

@@ -191,7 +191,7 @@ class Kind:
         return self.first + self.step * np.arange(self.count)
 
     def of(self, tree: Mapping[str, Mapping[str, Any]]) -> Any:
-        """What a tree by stack and block has of this kind."""
+        """Returns the entry of this kind in a tree by stack and block."""
         return tree[self.stack][self.block.name]
 
     def path(self, part: str) -> str:
@@ -204,7 +204,7 @@ class Kind:
         return window if window is not None and window < slots else None
 
     def mask(self, documents: bool, prefix: bool = False) -> Mask:
-        """What a token of these layers sees."""
+        """Returns the mask of these layers: what a token sees."""
         return self.config.attention.mask(causal=self.config.causal, documents=documents, prefix=prefix)
 
 
@@ -513,7 +513,7 @@ class Model:
         return ends.norm(x_BTD), cache
 
     def masks(self, documents: bool, prefix: bool = False) -> tuple[Mask, ...]:
-        """What a token sees in the layers of each of `kinds`."""
+        """Returns the masks of `kinds`: what a token sees in their layers."""
         return tuple(kind.mask(documents, prefix) for kind in self.kinds)
 
 

@@ -102,7 +102,7 @@ class Part(abc.ABC):
         return params
 
     def describe(self) -> str:
-        """What a run says of the part at its start; nothing if empty."""
+        """Returns what a run says of the part at its start; nothing if empty."""
         return ""
 
 

@@ -1,4 +1,4 @@
-"""What a run folder holds, for reading: its config, data and weights."""
+"""Opens run folders for reading: config, data and weights."""
 
 import dataclasses
 import logging

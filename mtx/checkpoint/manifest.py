@@ -17,7 +17,7 @@ PROMISES = "promises"
 BESIDE = ".data"
 """Behind a step's number: files that processes of the run wrote besides its arrays, until it is sealed."""
 FORMAT = 2
-"""Of checkpoints. 2: weights of layers are named by stack and block, `stacks/main/block/...`; 1: `layers/...`."""
+"""Version of checkpoints. 2: weights of layers are named by stack and block, `stacks/main/block/...`; 1 had none."""
 THREADS = 8
 """Files hashed at a time: one thread hashes about 1.4 GiB/s where the CPU has SHA instructions."""
 

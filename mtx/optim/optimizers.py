@@ -15,7 +15,7 @@ from mtx.optim.schedules import Constant, Cosine, Linear
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What every optimizer has: a schedule, decoupled weight decay, clipping, groups of weights."""
+    """Base of the optimizers: a schedule, decoupled weight decay, clipping, groups of weights."""
 
     schedule: Constant | Linear | Cosine = Cosine()
     """Learning rate over the run."""

@@ -51,7 +51,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Now:
-    """What a rule may know of the step, besides its arrays."""
+    """Facts of the step that a rule may use, besides its arrays."""
 
     updates: jax.Array
     """int32: how often the weights have been updated before; steps that were skipped do not count."""
@@ -70,7 +70,7 @@ class Now:
 
 
 class Given(NamedTuple):
-    """What a rule gets of one weight."""
+    """Inputs of a rule for one weight."""
 
     weight: Weight
     now: Now
@@ -102,7 +102,7 @@ class Rule(abc.ABC):
         return {name: self.update(*one) for name, one in given.items()}
 
     def evaluated(self, weight: Weight, x: jax.Array, state: State) -> jax.Array:
-        """What evaluation and generation read instead of x."""
+        """Returns what evaluation and generation read instead of x."""
         return x
 
 

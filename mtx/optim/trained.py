@@ -23,9 +23,9 @@ class Trained:
     weight: Weight
     rule: Rule
     rate: float
-    """Of its group, times the schedule's learning rate."""
+    """Factor of its group on the schedule's learning rate."""
     decay: float
-    """Of its group; 0 if its role is not decayed."""
+    """Weight decay of its group; 0 if its role is not decayed."""
     leaves: Mapping[str, tuple[Weight, Any]]
     """Declaration and dtype of each array of its state."""
 

@@ -58,9 +58,9 @@ class Carry(NamedTuple):
     """Sums of weights' gradients, float32, in the accumulator's sharding."""
     ends: Params
     sums: Sums
-    """Those of `finish`."""
+    """Sums of `finish`."""
     layer_sums: Sums
-    """Those of this stage's layers, [rows of the stage, ...]."""
+    """Sums of this stage's layers, [rows of the stage, ...]."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Run:
         )
 
     def _trained(self, part: Literal["ends", "layers"], values: Params) -> Params:
-        """Those of a part's values that belong to weights that are trained."""
+        """Returns those of a part's values that belong to weights that are trained."""
         return map_weights(lambda _, value: value, self.engine.weights[part], values)
 
     def _ends(self, used: Used, some: list[jax.Array]) -> Params:
@@ -350,7 +350,7 @@ class _Run:
 
     @property
     def cotangents(self) -> Sums:
-        """Those of a layer's sums, alike for all layers and microbatches."""
+        """Cotangents of a layer's sums, alike for all layers and microbatches."""
         return {name: jnp.full(x.shape, self.seeds.get(name, 0.0), x.dtype) for name, x in self.sums_shape.items()}
 
     @property

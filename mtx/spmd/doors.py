@@ -1,4 +1,4 @@
-"""What layers, losses and steps may ask of the mesh, and the configs that say how it is done."""
+"""The doors through which layers, losses and steps reach the mesh, and the configs that say how it is done."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
